@@ -1,0 +1,135 @@
+"""(seed, step) in, the users and windows of that global step out, cut into logical shards.
+
+A step is a global batch, whatever the number of workers. Every user with something to predict is visited exactly
+once an epoch. Nothing here is random beyond (seed, epoch, user): a resumed or resized run sees the same batches.
+
+# U users, B users of a step, V logical shards, T positions
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from elasticrec.data.sequences import Int32, Int64, Sequences
+from elasticrec.data.split import SplitData
+from elasticrec.errors import ConfigError, InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig:
+    """How an epoch is cut. The curve of a run depends on these and on nothing else of the cluster."""
+
+    batch_users: int = 128
+    shards: int = 8
+    seed: int = 0
+    random_windows: bool = True  # long histories: a window that ends anywhere, not only the newest events
+
+    def __post_init__(self) -> None:
+        if self.batch_users < 1 or self.shards < 1:
+            raise ConfigError(f"batch_users {self.batch_users} and shards {self.shards} must be at least 1")
+        if self.batch_users % self.shards:
+            raise ConfigError(
+                f"global batch {self.batch_users} does not divide over {self.shards} shards; change batch or shards"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Windows:
+    """Training windows, right-aligned: position t predicts target_BT[t] from input_BT[..t]; 0 pads on the left."""
+
+    input_BT: Int32
+    target_BT: Int32
+
+    @property
+    def tokens(self) -> int:
+        return int(np.count_nonzero(self.target_BT))
+
+
+class Plan:
+    """The order of training samples: a pure function of config, data and step."""
+
+    def __init__(self, config: PlanConfig, sequences: Sequences, split: SplitData, max_length: int) -> None:
+        """`max_length`: T, the number of positions of a window.
+
+        Raises:
+            InputError: no user has two training events.
+        """
+        self.config = config
+        self.max_length = max_length
+        self._item_E = sequences.item_E
+        self._start_U = split.train_start_U
+        self._end_U = split.train_end_U
+        self._trainable = np.flatnonzero(self._end_U - self._start_U >= 2)
+        if len(self._trainable) == 0:
+            raise InputError("no user has two training events, so there is nothing to predict; bring more data")
+        self._order_of_epoch: tuple[int, Int64] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self._trainable) // self.config.batch_users)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return len(self._trainable)
+
+    def digest(self) -> str:
+        """Identifies plan and data, so that a checkpoint of another plan is refused."""
+        parts = (self.config, self.max_length, len(self._item_E), len(self._trainable), int(self._end_U.sum()))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def users(self, step: int) -> Int64:
+        """User indices of global step `step`: (B,), the last step of an epoch may hold fewer."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        begin = within * self.config.batch_users
+        return self._order(epoch)[begin : begin + self.config.batch_users]
+
+    def shard(self, step: int, shard: int) -> Int64:
+        """The users of one logical shard of a step; the V shards together are `users(step)`."""
+        users_B = self.users(step)
+        bounds = np.linspace(0, len(users_B), self.config.shards + 1).astype(np.int64)
+        return users_B[bounds[shard] : bounds[shard + 1]]
+
+    def tokens(self, step: int) -> int:
+        """Targets in the whole global step, which is what the loss is divided by."""
+        return int(self._lengths(self.users(step)).sum())
+
+    def windows(self, step: int, users_B: Int64) -> Windows:
+        """Gathers the windows of some users of a step: int32 (B, T) twice."""
+        epoch = step // self.steps_per_epoch
+        length_B = self._lengths(users_B)
+        last_B = self._last_target(epoch, users_B, length_B)
+        position_BT = last_B[:, None] + np.arange(1 - self.max_length, 1)[None, :]
+        valid_BT = np.arange(self.max_length)[None, :] >= self.max_length - length_B[:, None]
+        safe_BT = np.where(valid_BT, position_BT, 1)
+        return Windows(
+            input_BT=np.where(valid_BT, self._item_E[safe_BT - 1], 0).astype(np.int32),
+            target_BT=np.where(valid_BT, self._item_E[safe_BT], 0).astype(np.int32),
+        )
+
+    def _lengths(self, users_B: Int64) -> Int64:
+        return np.minimum(self._end_U[users_B] - self._start_U[users_B] - 1, self.max_length)
+
+    def _last_target(self, epoch: int, users_B: Int64, length_B: Int64) -> Int64:
+        newest_B = self._end_U[users_B] - 1
+        slack_B = newest_B - self._start_U[users_B] - length_B  # older windows that would fit
+        if not self.config.random_windows:
+            return newest_B
+        draw_B = _uniform(self.config.seed, epoch, users_B)
+        return np.asarray(newest_B - np.floor(draw_B * (slack_B + 1)).astype(np.int64))
+
+    def _order(self, epoch: int) -> Int64:
+        if self._order_of_epoch is None or self._order_of_epoch[0] != epoch:
+            generator = np.random.Generator(np.random.Philox(key=[self.config.seed, epoch]))
+            self._order_of_epoch = (epoch, generator.permutation(self._trainable))
+        return self._order_of_epoch[1]
+
+
+def _uniform(seed: int, epoch: int, users_B: Int64) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each (seed, epoch, user), by the finaliser of SplitMix64 (Steele et al., 2014)."""
+    salt = (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03 + 1) & 0xFFFFFFFFFFFFFFFF
+    mixed_B = users_B.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(salt)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed_B = (mixed_B ^ (mixed_B >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray(((mixed_B ^ (mixed_B >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53)

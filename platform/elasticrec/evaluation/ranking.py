@@ -1,0 +1,178 @@
+"""A scorer and cases in, the rank of each answer among the whole catalogue and a report out.
+
+# C cases, B cases of a batch, T positions, I items + 1 (index 0 pads), K places
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elasticrec.columns import PAD
+from elasticrec.data.sequences import Int32, Int64, Sequences
+from elasticrec.data.split import Cases, SplitData
+from elasticrec.errors import ConfigError, ElasticRecError
+from elasticrec.evaluation import metrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """What is measured. `remove_seen`: items of the user's history are never an answer (wrong for shops)."""
+
+    ks: tuple[int, ...] = (1, 5, 10, 50, 200)
+    remove_seen: bool = True
+    batch_cases: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.ks or min(self.ks) < 1 or self.batch_cases < 1:
+            raise ConfigError(f"ks {self.ks} and batch_cases {self.batch_cases} must be at least 1")
+
+
+class Scorer(Protocol):
+    """Anything that scores all items for a batch of histories."""
+
+    def scores(self, item_BT: Tensor) -> Tensor:
+        """int (B, T) right-aligned histories, padded with 0 -> float (B, I), higher is better."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranking:
+    """Where each answer landed, and what was shown."""
+
+    rank_C: Int64
+    top_CK: Int64  # item indices, best first; 0 where fewer than K items were allowed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """Means over cases, named `hr@10` and so on, with standard errors where a mean has one."""
+
+    cases: int
+    metrics: dict[str, float]
+    standard_errors: dict[str, float] = field(default_factory=dict)
+
+
+def evaluate(
+    scorer: Scorer,
+    sequences: Sequences,
+    cases: Cases,
+    config: EvaluationConfig,
+    *,
+    max_length: int,
+    count_I: Int64,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Report:
+    """Ranks every case over the whole catalogue and reports all metrics.
+
+    Args:
+        max_length: T, the number of newest events the scorer sees.
+        count_I: training events of each item (see `training_counts`).
+        advance: called with the number of cases just done, for a progress bar.
+    """
+    ranking = rank(scorer, sequences, cases, config, max_length=max_length, advance=advance)
+    return summarize(ranking, config, count_I)
+
+
+def rank(
+    scorer: Scorer,
+    sequences: Sequences,
+    cases: Cases,
+    config: EvaluationConfig,
+    *,
+    max_length: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Ranking:
+    """Ranks of all answers. Ties go to the more popular item (the smaller index), so that the result is one.
+
+    Raises:
+        ElasticRecError: the scorer gave NaN.
+    """
+    ranks, tops = [], []
+    for batch in _batches(cases, config.batch_cases):
+        score_BI = scorer.scores(torch.from_numpy(histories(sequences, batch, max_length))).float().cpu()
+        if torch.isnan(score_BI).any():
+            raise ElasticRecError("the model's scores hold NaN; it has diverged, train with a lower learning rate")
+        score_BI = score_BI.clone()
+        score_BI[:, PAD] = float("-inf")
+        if config.remove_seen:
+            score_BI[_seen(sequences, batch)] = float("-inf")
+        target_B = torch.from_numpy(sequences.item_E[batch.target_C].astype(np.int64))
+        ranks.append(_rank_of(score_BI, target_B))
+        tops.append(_top(score_BI, max(config.ks)))
+        advance(len(batch))
+    return Ranking(rank_C=np.concatenate(ranks), top_CK=np.concatenate(tops))
+
+
+def summarize(ranking: Ranking, config: EvaluationConfig, count_I: Int64) -> Report:
+    """All metrics at all k."""
+    means, errors = rank_metrics(ranking.rank_C, config)
+    for k in config.ks:
+        means[f"coverage@{k}"] = metrics.coverage(ranking.top_CK[:, :k], len(count_I) - 1)
+        means[f"novelty@{k}"] = metrics.novelty(ranking.top_CK[:, :k], count_I)
+    return Report(cases=len(ranking.rank_C), metrics=means, standard_errors=errors)
+
+
+def rank_metrics(rank_C: Int64, config: EvaluationConfig) -> tuple[dict[str, float], dict[str, float]]:
+    """What follows from the ranks alone: means and their standard errors."""
+    means: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for k in config.ks:
+        for name, measure in (("hr", metrics.hit_rate), ("ndcg", metrics.ndcg), ("mrr", metrics.reciprocal_rank)):
+            value_C = measure(rank_C, k)
+            means[f"{name}@{k}"] = float(value_C.mean())
+            errors[f"{name}@{k}"] = metrics.standard_error(value_C)
+    return means, errors
+
+
+def histories(sequences: Sequences, cases: Cases, max_length: int) -> Int32:
+    """The newest `max_length` events that each case may see: int32 (C, T), right-aligned."""
+    position_CT = cases.end_C[:, None] + np.arange(-max_length, 0)[None, :]
+    valid_CT = position_CT >= cases.start_C[:, None]
+    return np.where(valid_CT, sequences.item_E[np.where(valid_CT, position_CT, 0)], PAD).astype(np.int32)
+
+
+def training_counts(sequences: Sequences, split: SplitData, n_items: int) -> Int64:
+    """Training events of each item: int64 (I,)."""
+    delta_E1 = np.zeros(len(sequences.item_E) + 1, dtype=np.int64)
+    np.add.at(delta_E1, split.train_start_U, 1)
+    np.add.at(delta_E1, split.train_end_U, -1)
+    trains_E = np.cumsum(delta_E1[:-1]) > 0
+    return np.bincount(sequences.item_E[trains_E], minlength=n_items + 1).astype(np.int64)
+
+
+def _batches(cases: Cases, size: int) -> Iterator[Cases]:
+    for begin in range(0, len(cases), size):
+        pick = slice(begin, begin + size)
+        yield Cases(
+            user_C=cases.user_C[pick],
+            start_C=cases.start_C[pick],
+            end_C=cases.end_C[pick],
+            target_C=cases.target_C[pick],
+        )
+
+
+def _seen(sequences: Sequences, cases: Cases) -> tuple[Tensor, Tensor]:
+    """Row and item index of everything the users of a batch have seen."""
+    length_C = cases.end_C - cases.start_C
+    row_S = np.repeat(np.arange(len(cases)), length_C)
+    within_S = np.arange(len(row_S)) - np.repeat(np.cumsum(length_C) - length_C, length_C)
+    item_S = sequences.item_E[np.repeat(cases.start_C, length_C) + within_S]
+    return torch.from_numpy(row_S), torch.from_numpy(item_S.astype(np.int64))
+
+
+def _rank_of(score_BI: Tensor, target_B: Tensor) -> Int64:
+    target_score_B1 = score_BI.gather(1, target_B[:, None])
+    index_I = torch.arange(score_BI.shape[1])
+    better_BI = (score_BI > target_score_B1) | ((score_BI == target_score_B1) & (index_I < target_B[:, None]))
+    rank_B = better_BI.sum(dim=1)
+    rank_B[torch.isinf(target_score_B1[:, 0])] = score_BI.shape[1]  # a removed answer is a miss at every k
+    return np.asarray(rank_B.numpy(), dtype=np.int64)
+
+
+def _top(score_BI: Tensor, k: int) -> Int64:
+    value_BK, index_BK = score_BI.topk(min(k, score_BI.shape[1]), dim=1)
+    return np.asarray(index_BK.masked_fill(torch.isinf(value_BK), PAD).numpy(), dtype=np.int64)

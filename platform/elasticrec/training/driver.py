@@ -1,0 +1,137 @@
+"""A run in, a trained bundle out: the part of training that speaks to the cluster."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchTrainer
+
+from elasticrec.config import from_mapping, to_mapping
+from elasticrec.data.sequences import Store, open_store
+from elasticrec.data.split import split
+from elasticrec.errors import ConfigError, TrainingError
+from elasticrec.training.checkpoint import Position, read_position
+from elasticrec.training.run import RunConfig
+from elasticrec.training.worker import train_worker
+
+TRAIN_SLOT = "train_slot"  # a node offers as many as workers may train on it (docs/training.md)
+RUN_FILE = "run.json"
+
+# Ray waits 20 s for a reservation and up to 60 s for a lost node by default.
+TRAIN_ENVIRONMENT = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What a finished run left."""
+
+    run: RunConfig
+    checkpoint: Path
+    position: Position
+
+
+def fit(run: RunConfig) -> Trained:
+    """Trains on the connected cluster, or goes on with the run of that name.
+
+    Raises:
+        ConfigError: the run cannot start as asked.
+        TrainingError: it started and cannot succeed.
+    """
+    run = dataclasses.replace(run, data=run.data.resolve(), storage=run.storage.resolve())
+    _check_store(run, open_store(run.data))
+    _check_cluster(run)
+    _remember(run)
+    with _environment(TRAIN_ENVIRONMENT):
+        result = _trainer(run).fit()
+    return _finished(run, result)
+
+
+def _trainer(run: RunConfig) -> TorchTrainer:
+    elastic = run.elastic
+    resources = {"CPU": 1.0, TRAIN_SLOT: 1.0} | ({"GPU": elastic.gpus_per_worker} if elastic.gpus_per_worker else {})
+    workers = (elastic.min_workers, elastic.max_workers)
+    return TorchTrainer(
+        train_worker,
+        train_loop_config=to_mapping(run),
+        scaling_config=ScalingConfig(
+            num_workers=workers[0] if workers[0] == workers[1] else workers,
+            use_gpu=elastic.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=elastic.resize_check_s,
+        ),
+        run_config=RayRunConfig(
+            name=run.name,
+            storage_path=str(run.storage),
+            failure_config=FailureConfig(max_failures=elastic.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=run.checkpoint.keep),
+        ),
+    )
+
+
+def _finished(run: RunConfig, result: Result) -> Trained:
+    if result.error is not None:
+        raise TrainingError(f"training '{run.name}' failed: {result.error}")
+    if result.return_value:
+        raise TrainingError(f"training '{run.name}' stopped: {result.return_value['message']}")
+    if result.checkpoint is None:
+        raise TrainingError(f"training '{run.name}' left no checkpoint in '{run.folder}'")
+    folder = Path(result.checkpoint.path)
+    return Trained(run=run, checkpoint=folder, position=read_position(folder))
+
+
+def _check_store(run: RunConfig, store: Store) -> None:
+    split(run.split, store.sequences)  # raises what a worker would raise, before one is started
+
+
+def _check_cluster(run: RunConfig) -> None:
+    offered = ray.cluster_resources()
+    wanted = run.elastic.min_workers
+    if offered.get(TRAIN_SLOT, 0) < wanted:
+        raise ConfigError(
+            f"the cluster offers {offered.get(TRAIN_SLOT, 0):g} '{TRAIN_SLOT}', elastic.min_workers needs {wanted}; "
+            f"start its nodes with --resources '{{\"{TRAIN_SLOT}\": N}}' (cluster.yaml does)"
+        )
+
+
+def _remember(run: RunConfig) -> None:
+    """Keeps the config beside the run, and refuses to go on with a different one under the same name."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    file = run.folder / RUN_FILE
+    if file.exists():
+        before = from_mapping(RunConfig, json.loads(file.read_text(encoding="utf-8")))
+        for key in ("data", "epochs", "network", "split", "plan", "optimizer", "sync", "evaluation", "validation"):
+            _check_same(run, key, getattr(before, key), getattr(run, key))
+    partial = file.with_name(f".{RUN_FILE}.partial-{os.getpid()}")
+    partial.write_text(json.dumps(to_mapping(run), indent=2) + "\n", encoding="utf-8")
+    partial.rename(file)
+
+
+def _check_same(run: RunConfig, key: str, before: Any, now: Any) -> None:
+    if before != now:
+        raise ConfigError(
+            f"run '{run.name}' in '{run.storage}' was started with another '{key}' ({to_mapping(before)}, now "
+            f"{to_mapping(now)}); give this run another name, or remove '{run.folder}' to start over"
+        )
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Sets what is not set already; the controller reads it where the driver runs."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]

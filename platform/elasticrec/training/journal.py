@@ -1,0 +1,71 @@
+"""Numbers of a run in, a JSON-lines file and TensorBoard events out. Only the first worker writes.
+
+`steps.jsonl` has exactly one line for each step of the plan: on a resume the lines past the checkpoint are cut off
+before the steps are done again.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+STEPS = "steps.jsonl"
+EPOCHS = "epochs.jsonl"
+
+
+class Journal:
+    """Appends to a run's folder."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._steps = _open_rewound(folder / STEPS, resume_step)
+        self._epochs = _open_rewound(folder / EPOCHS, resume_step)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """One training step: step, epoch, loss, learning rate, counted samples and tokens, workers, seconds."""
+        self._steps.write(json.dumps(line) + "\n")
+        self._board.add_scalar("train/loss", line["loss"], line["step"])
+        self._board.add_scalar("train/learning_rate", line["learning_rate"], line["step"])
+
+    def epoch(self, line: Mapping[str, Any]) -> None:
+        """One epoch: mean loss, and the validation metrics when it was validated."""
+        self._epochs.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if name not in ("epoch", "step"):
+                self._board.add_scalar(f"epoch/{name.replace('@', '_at_')}", value, line["step"])
+        self.flush()
+
+    def flush(self) -> None:
+        """Lets readers see all lines so far."""
+        self._steps.flush()
+        self._epochs.flush()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._steps.close()
+        self._epochs.close()
+        self._board.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a journal; a line torn by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _open_rewound(path: Path, resume_step: int) -> IO[str]:
+    kept = [line for line in read(path) if line["step"] < resume_step]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    partial.rename(path)
+    return path.open("a", encoding="utf-8")
