@@ -109,7 +109,7 @@ class Plan:
         )
 
     def _lengths(self, users_B: Int64) -> Int64:
-        return np.minimum(self._end_U[users_B] - self._start_U[users_B] - 1, self.max_length)
+        return np.asarray(np.minimum(self._end_U[users_B] - self._start_U[users_B] - 1, self.max_length))
 
     def _last_target(self, epoch: int, users_B: Int64, length_B: Int64) -> Int64:
         newest_B = self._end_U[users_B] - 1

@@ -32,7 +32,7 @@ def summed_cross_entropy(query_MD: Tensor, item_ID: Tensor, target_M: Tensor) ->
 
     On the CPU about 2.6 times as fast as the two separate operations (6,400 tokens, 1,682 items, one thread).
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(query_MD, item_ID, target_M)
+    loss: Tensor = _ChunkedCrossEntropy.apply(query_MD, item_ID, target_M)  # type: ignore[no-untyped-call]
     return loss
 
 

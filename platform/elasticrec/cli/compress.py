@@ -1,0 +1,53 @@
+"""`elasticrec compress`: a bundle in, a folder of smaller ones with a measured choice out."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.progress import Progress
+
+from elasticrec.artifact.registry import resolve_reference
+from elasticrec.cli.connection import connected
+from elasticrec.cli.progress import bar
+from elasticrec.cli.tables import compression_table, show
+
+
+def compress_bundle(
+    bundle: Annotated[str, tyro.conf.Positional],
+    data: Path,
+    out: Path,
+    space: Path | None = None,
+    budget: str | None = None,
+) -> None:
+    """Tries each recipe with Ray Tune, measures size, latency and quality, and chooses within the budget.
+
+    Args:
+        bundle: the teacher: folder, URI, or REGISTRY#NAME@LABEL.
+        data: the store that it was trained on.
+        out: a new folder for the trials.
+        space: YAML with the recipes and how they are measured (default: float32, bf16 and int8 item table).
+        budget: what the choice must meet, such as "ndcg@10>=0.99*teacher, p99_ms<=5".
+    """
+    with connected():
+        result = sweep_here(resolve_reference(bundle), data, out, space=space, budget=budget)
+    show(compression_table(result.rows))
+    print(result.choice.why)
+    if result.chosen:
+        print(f"chosen bundle: {result.chosen['bundle']}")
+
+
+def sweep_here(bundle: str, data: Path, out: Path, *, space: Path | None = None, budget: str | None = None) -> Any:
+    """Runs the sweep on the cluster this process is connected to. Returns a `SweepResult`."""
+    import dataclasses
+
+    from elasticrec.compression.sweep import SweepConfig, sweep
+    from elasticrec.config import load
+
+    config = load(SweepConfig, space) if space else SweepConfig()
+    config = dataclasses.replace(config, budget=budget) if budget else config
+    with bar("compressing", total=len(config.recipes) + 1) as progress:
+        return sweep(config, bundle, data, out, progress=lambda name, status: _advance(progress, name, status))
+
+
+def _advance(progress: Progress, name: str, status: str) -> None:
+    progress.update(progress.task_ids[0], advance=1, description=f"compressing: {name} {status}")

@@ -1,0 +1,111 @@
+"""`elasticrec recommend` and `recommend-batch`: a bundle's answers without a service."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from rich.table import Table
+
+from elasticrec.artifact.bundle import open_bundle
+from elasticrec.artifact.registry import resolve_reference
+from elasticrec.cli.connection import connected
+from elasticrec.cli.evaluate import check_same_items
+from elasticrec.cli.progress import bar
+from elasticrec.cli.tables import show
+from elasticrec.columns import USER
+from elasticrec.data.sequences import open_store, replacing_folder
+from elasticrec.errors import ConfigError, InputError
+from elasticrec.serving.catalogue import Catalogue
+from elasticrec.serving.scorer import Question, Scorer
+
+Reference = Annotated[str, tyro.conf.Positional]
+
+
+def recommend(
+    bundle: Reference,
+    history: tuple[str, ...] = (),
+    data: Path | None = None,
+    user: str | None = None,
+    k: int = 10,
+) -> None:
+    """Shows the best items for a user of a store, or for a history.
+
+    Args:
+        bundle: folder, URI, or REGISTRY#NAME@LABEL.
+        history: item ids, oldest first; after the user's own events when both are given.
+        data: the store that knows the user.
+        user: id of the user.
+        k: number of items.
+    """
+    opened = open_bundle(resolve_reference(bundle))
+    catalogue = Catalogue(opened.items())
+    stored = _events_of(data, user, opened.manifest.n_items)
+    items = np.concatenate([stored, catalogue.indices(history)]).astype(np.int32)
+    if unknown := [item for item in history if item not in catalogue]:
+        raise InputError(f"item '{unknown[0]}' is not in the bundle's catalogue of {len(catalogue)} items")
+    if len(items) == 0:
+        raise ConfigError("there is no history to recommend from; give --history ITEM… or --data STORE --user ID")
+    network = opened.network()
+    newest = items[-network.config.encoder.max_length :]
+    blocked = np.unique(items).astype(np.int64)
+    answer = Scorer(network).score(
+        Question(item_BT=newest[None], blocked_row_N=np.zeros_like(blocked), blocked_item_N=blocked, k=k)
+    )
+    show(_table(catalogue, answer.item_BK[0].tolist(), answer.score_BK[0].tolist()))
+
+
+def recommend_batch(bundle: Reference, data: Path, out: Path, k: int = 10, batch_users: int = 256) -> None:
+    """Writes the best items of every user of a store to parquet: user_id, rank, item_id, score.
+
+    Args:
+        bundle: folder, URI, or REGISTRY#NAME@LABEL.
+        data: the store with the users' histories; every node sees this path, and `out`.
+        out: folder of parquet files; it appears when all of them are written.
+        k: items a user.
+        batch_users: users that one worker answers at a time.
+    """
+    uri, store = resolve_reference(bundle), open_store(data)
+    check_same_items(open_bundle(uri).manifest.n_items, store.n_items, str(data))
+    with connected(), bar(f"recommending for {store.n_users:,} users"), replacing_folder(out.absolute()) as folder:
+        _map_users(uri, data.absolute(), folder, store.n_users, k, batch_users)
+    print(f"{out}: top {k} of {store.n_users:,} users")
+
+
+def _map_users(uri: str, data: Path, folder: Path, users: int, k: int, batch_users: int) -> None:
+    import ray
+
+    from elasticrec.serving.batch import BatchRecommender
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    blocks = max(1, min(users // batch_users, 1000))
+    actors = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)  # one core stays for reading and writing
+    ray.data.range(users, override_num_blocks=blocks).map_batches(
+        BatchRecommender,
+        fn_constructor_args=(uri, str(data), k),
+        batch_size=batch_users,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+    ).write_parquet(str(folder))
+
+
+def _events_of(data: Path | None, user: str | None, n_items: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    if user is None:
+        return np.zeros(0, dtype=np.int32)
+    if data is None:
+        raise ConfigError("--user needs --data STORE, where that user's events are")
+    store = open_store(data)
+    check_same_items(n_items, store.n_items, str(data))
+    users = store.users().column(USER).to_pylist()
+    if user not in users:
+        raise InputError(f"user '{user}' is not in '{data}', which has {len(users)} users")
+    return np.asarray(store.sequences.items_of(users.index(user)))
+
+
+def _table(catalogue: Catalogue, items: list[int], scores: list[float]) -> Table:
+    table = Table()
+    for name in ("rank", "item", "title", "categories", "score"):
+        table.add_column(name)
+    for place, (index, score) in enumerate(zip(items, scores, strict=True), start=1):
+        item = catalogue.item(index)
+        table.add_row(str(place), item.item_id, item.title or "", ", ".join(item.categories), f"{score:.3f}")
+    return table

@@ -1,0 +1,73 @@
+"""`elasticrec serve …`: a service on this machine, and its keys."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from elasticrec.cli.local_cluster import LocalClusterConfig, local_cluster
+from elasticrec.cli.progress import bar
+from elasticrec.cli.service import deploy, is_ready
+from elasticrec.serving.auth import create_key, revoke_key
+
+DEFAULT_KEYS = Path("runs/serving/keys.json")
+
+
+def run(
+    bundle: Annotated[str, tyro.conf.Positional],
+    events: Path = Path("runs/serving/events.sqlite"),
+    seed: Path | None = None,
+    keys: Path | None = None,
+    topology: Literal["fused", "split"] = "fused",
+    replicas: int = 1,
+    haproxy: bool = True,
+) -> None:
+    """Serves a bundle on a loopback address of this machine, from a private cluster, until Ctrl-C.
+
+    Args:
+        bundle: folder, URI, or REGISTRY#NAME@LABEL.
+        events: SQLite file of the event store.
+        seed: prepared data set whose events known users start with.
+        keys: key file (`elasticrec serve key`); without one nobody is asked for a key.
+        topology: stages in one replica, or HTTP apart from the model.
+        replicas: replicas that hold the model.
+        haproxy: HAProxy as the ingress, instead of Ray's own proxy.
+    """
+    paths = {"events": events, "seed": seed, "keys": keys}
+    arguments = {name: str(path.absolute()) for name, path in paths.items() if path}
+    arguments |= {"bundle": _absolute(bundle), "topology": topology, "replicas": str(replicas)}
+    config = LocalClusterConfig(num_cpus=replicas + 1, train_slots=0, haproxy=haproxy, auth="token")
+    with local_cluster(config) as cluster:
+        with bar("starting the service"):
+            url = deploy(cluster, arguments)
+        print(f"serving on {url} (API: {url}/docs); Ctrl-C stops it", flush=True)
+        while is_ready(url):
+            time.sleep(5)
+        print("the service no longer answers; stopping")
+
+
+def key(name: Annotated[str, tyro.conf.Positional], keys: Path = DEFAULT_KEYS) -> None:
+    """Makes an API key and shows it once; the file keeps its hash only.
+
+    Args:
+        name: who it is for.
+        keys: the key file; made when it is not there.
+    """
+    print(create_key(keys, name))
+
+
+def revoke(name: Annotated[str, tyro.conf.Positional], keys: Path = DEFAULT_KEYS) -> None:
+    """Takes a key back; running services follow within seconds.
+
+    Args:
+        name: who it was for.
+        keys: the key file.
+    """
+    revoke_key(keys, name)
+    print(f"'{name}' has no key any more")
+
+
+def _absolute(bundle: str) -> str:
+    """The cluster runs elsewhere: relative folders start here."""
+    return bundle if "://" in bundle else str(Path(bundle).absolute())

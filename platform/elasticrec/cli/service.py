@@ -1,0 +1,55 @@
+"""Arguments of the serving graph in, a service that answers on a local cluster out; through Serve's REST API."""
+
+import time
+from typing import Any
+
+import httpx
+
+from elasticrec.cli.local_cluster import LocalCluster
+from elasticrec.errors import ElasticRecError
+
+GRAPH = "elasticrec.serving.graph:app"
+NAME = "recommender"
+
+
+class ServiceError(ElasticRecError, RuntimeError):
+    """The service did not start."""
+
+
+def deploy(cluster: LocalCluster, arguments: dict[str, Any], *, timeout_s: float = 120.0) -> str:
+    """Deploys the graph as `serve deploy` does and waits until it answers. Returns its URL.
+
+    Raises:
+        ServiceError: it failed to start, with the reason that Serve gives, or took too long.
+    """
+    config = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "127.0.0.1", "port": cluster.http_port},
+        "applications": [{"name": NAME, "route_prefix": "/", "import_path": GRAPH, "args": arguments}],
+    }
+    url = f"http://127.0.0.1:{cluster.http_port}"
+    with httpx.Client(base_url=cluster.dashboard_url, headers=cluster.headers, timeout=60, trust_env=False) as api:
+        answer = api.put("/api/serve/applications/", json=config)
+        if answer.is_error:
+            raise ServiceError(f"Serve refused the configuration ({answer.status_code}): {answer.text}")
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            _raise_if_failed(api)
+            if is_ready(url):
+                return url
+            time.sleep(0.2)
+    raise ServiceError(f"the service did not answer within {timeout_s:g} s; see the Serve logs in the Ray dashboard")
+
+
+def is_ready(url: str) -> bool:
+    """Whether a replica answers and can recommend."""
+    try:
+        return httpx.get(f"{url}/readyz", timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _raise_if_failed(api: httpx.Client) -> None:
+    state = api.get("/api/serve/applications/").json()["applications"].get(NAME, {})
+    if state.get("status") == "DEPLOY_FAILED":
+        raise ServiceError(f"the service failed to start: {state.get('message', 'no reason given')}")
