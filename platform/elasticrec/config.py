@@ -4,7 +4,9 @@ Every component declares one `@dataclass(frozen=True, kw_only=True, slots=True)`
 dataclasses is chosen by the key `kind`, which each member declares as `kind: ClassVar[str]`.
 """
 
+import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -28,6 +30,8 @@ def load(config_type: type[T], path: str | Path) -> T:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config file '{path}' does not exist; give the path of a YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"config file '{path}' cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file '{path}' is not valid YAML: {error}") from None
     if raw is not None and not isinstance(raw, Mapping):
@@ -43,9 +47,11 @@ def from_mapping(config_type: type[T], raw: Mapping[str, Any], where: str = "") 
     """
     hints = typing.get_type_hints(config_type)
     fields = {field.name: field for field in dataclasses.fields(config_type) if field.init}  # type: ignore[arg-type]
+    kind = getattr(config_type, "kind", None)
     values: dict[str, Any] = {}
     for key, value in raw.items():
-        if key == "kind" and getattr(config_type, "kind", None) == value:
+        if key == "kind" and kind is not None:
+            _literal((kind,), value, _join(where, key))
             continue
         if key not in fields:
             raise ConfigError(f"unknown key '{_join(where, str(key))}'{suggestion(str(key), fields)}")
@@ -105,9 +111,7 @@ def _union(members: tuple[Any, ...], value: Any, where: str) -> Any:
         return _convert(members[0], value, where)
     if all(dataclasses.is_dataclass(member) for member in members) and isinstance(value, Mapping):
         kinds = {member.kind: member for member in members}
-        kind = value.get("kind")
-        if kind not in kinds:
-            raise ConfigError(f"'{where}.kind' is {kind!r}{suggestion(str(kind), kinds)}")
+        kind = _literal(tuple(kinds), value.get("kind"), _join(where, "kind"))
         return from_mapping(kinds[kind], value, where)
     for member in members:
         try:
@@ -134,13 +138,10 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is Path and isinstance(value, str | Path):
         return Path(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)  # YAML 1.1 reads 1e-3 as a string
+    misfit = not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)
+    if misfit or (isinstance(value, float) and math.isnan(value)):  # NaN passes every comparison with a limit
         raise ConfigError(f"'{where}' must be {getattr(hint, '__name__', hint)}, got {value!r}")
     return value

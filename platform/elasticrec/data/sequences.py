@@ -104,32 +104,41 @@ def open_store(path: str | Path) -> Store:
         InputError: the folder is no store, or was written by a newer version.
     """
     root = Path(path)
-    try:
-        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"'{root}' is not a prepared data set: it has no {MANIFEST}; make one with 'elasticrec data prepare'"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"'{root / MANIFEST}' is damaged: {error}; prepare the data set again") from None
-    if manifest.get("schema_version", 0) > SCHEMA_VERSION:
-        raise InputError(f"'{root}' has store schema {manifest['schema_version']}, this version reads {SCHEMA_VERSION}")
+    manifest = _manifest(root)
     sequences = Sequences(
         item_E=_map(root / "items.arrow"),
         offset_U1=_map(root / "offsets.arrow"),
-        time_E=_map_optional(root / "times.arrow"),
-        rating_E=_map_optional(root / "ratings.arrow"),
-        event_E=_map_optional(root / "events.arrow"),
+        time_E=_map_listed(root / "times.arrow", manifest),
+        rating_E=_map_listed(root / "ratings.arrow", manifest),
+        event_E=_map_listed(root / "events.arrow", manifest),
     )
     return Store(path=root, manifest=manifest, sequences=sequences)
 
 
 def verify_store(path: str | Path) -> None:
     """Raises InputError that names the first file whose bytes are not those that were written."""
-    store = open_store(path)
-    for name, entry in store.manifest["files"].items():
-        if sha256_of(store.path / name) != entry["sha256"]:
-            raise InputError(f"'{store.path / name}' is damaged (sha256 differs); prepare the data set again")
+    root = Path(path)
+    for name, entry in _manifest(root)["files"].items():
+        if not (root / name).is_file():
+            raise InputError(f"'{root / name}' is missing; prepare the data set again")
+        if sha256_of(root / name) != entry["sha256"]:
+            raise InputError(f"'{root / name}' is damaged (sha256 differs); prepare the data set again")
+
+
+def _manifest(root: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"'{root}' is not a prepared data set: it has no {MANIFEST}; make one with 'elasticrec data prepare'"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"'{root / MANIFEST}' is damaged: {error}; prepare the data set again") from None
+    if not isinstance(manifest, dict) or "schema_version" not in manifest:
+        raise InputError(f"'{root / MANIFEST}' is damaged: it describes no store; prepare the data set again")
+    if manifest["schema_version"] > SCHEMA_VERSION:
+        raise InputError(f"'{root}' has store schema {manifest['schema_version']}, this version reads {SCHEMA_VERSION}")
+    return manifest
 
 
 def write_store(
@@ -215,9 +224,10 @@ def _map(path: Path) -> npt.NDArray[Any]:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
         return cast(npt.NDArray[Any], table.column(0).combine_chunks().to_numpy(zero_copy_only=True))
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise InputError(f"'{path}' cannot be read ({error}); prepare the data set again") from None
 
 
-def _map_optional(path: Path) -> npt.NDArray[Any] | None:
-    return _map(path) if path.exists() else None
+def _map_listed(path: Path, manifest: dict[str, Any]) -> npt.NDArray[Any] | None:
+    """An array that only some stores have: one that was written must still be there."""
+    return _map(path) if path.name in manifest["files"] else None

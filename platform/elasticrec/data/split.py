@@ -72,7 +72,7 @@ class SplitData:
 
 
 @singledispatch
-def split(config: object, sequences: Sequences) -> SplitData:
+def split(config: object, sequences: Sequences) -> SplitData:  # noqa: ARG001 - dispatched on
     """Cuts the sequences by the config's type.
 
     Raises:
@@ -82,7 +82,7 @@ def split(config: object, sequences: Sequences) -> SplitData:
 
 
 @split.register
-def _(config: LeaveOneOut, sequences: Sequences) -> SplitData:
+def _(config: LeaveOneOut, sequences: Sequences) -> SplitData:  # noqa: ARG001 - dispatched on
     start_U, end_U = sequences.offset_U1[:-1], sequences.offset_U1[1:]
     user_C = np.flatnonzero(end_U - start_U >= MIN_EVENTS)
     if len(user_C) == 0:

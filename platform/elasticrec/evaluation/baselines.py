@@ -31,12 +31,12 @@ def popularity(sequences: Sequences, split: SplitData, n_items: int) -> FixedOrd
 
 def most_recent(sequences: Sequences, split: SplitData, n_items: int) -> FixedOrder:
     """Scores items by when anybody last touched them in training; without times, by position in the user's history."""
-    train_S = _training_positions(split)
-    order_S = train_S if sequences.time_E is None else sequences.time_E[train_S]
+    train_S, within_S = _training_positions(split)
+    order_S = within_S if sequences.time_E is None else sequences.time_E[train_S]
     last_I = np.full(n_items + 1, -1, dtype=np.int64)
     np.maximum.at(last_I, sequences.item_E[train_S], order_S)
-    # Ranks instead of raw times: float32 cannot tell seconds of this century apart.
-    return FixedOrder(torch.from_numpy(np.argsort(np.argsort(last_I, kind="stable"), kind="stable")).double())
+    # Dense ranks instead of raw times: float32 cannot tell seconds of this century apart. Ties stay ties.
+    return FixedOrder(torch.from_numpy(np.unique(last_I, return_inverse=True)[1]).double())
 
 
 def baselines(sequences: Sequences, split: SplitData, n_items: int) -> dict[str, Scorer]:
@@ -47,7 +47,8 @@ def baselines(sequences: Sequences, split: SplitData, n_items: int) -> dict[str,
     }
 
 
-def _training_positions(split: SplitData) -> Int64:
+def _training_positions(split: SplitData) -> tuple[Int64, Int64]:
+    """Positions in item_E of all training events, and in the history of their user."""
     length_U = split.train_end_U - split.train_start_U
-    offset_S = np.arange(int(length_U.sum())) - np.repeat(np.cumsum(length_U) - length_U, length_U)
-    return np.asarray(np.repeat(split.train_start_U, length_U) + offset_S, dtype=np.int64)
+    within_S = np.arange(int(length_U.sum())) - np.repeat(np.cumsum(length_U) - length_U, length_U)
+    return np.repeat(split.train_start_U, length_U) + within_S, within_S

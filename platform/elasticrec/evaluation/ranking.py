@@ -17,6 +17,8 @@ from elasticrec.data.split import Cases, SplitData
 from elasticrec.errors import ConfigError, ElasticRecError
 from elasticrec.evaluation import metrics
 
+MISS = np.iinfo(np.int64).max  # rank of an answer that was removed: below every k, also where k exceeds the catalogue
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
@@ -91,7 +93,7 @@ def rank(
     Raises:
         ElasticRecError: the scorer gave NaN.
     """
-    ranks, tops = [], []
+    ranks, tops = [np.empty(0, dtype=np.int64)], [np.empty((0, max(config.ks)), dtype=np.int64)]
     for batch in _batches(cases, config.batch_cases):
         score_BI = scorer.scores(torch.from_numpy(histories(sequences, batch, max_length))).float().cpu()
         if torch.isnan(score_BI).any():
@@ -169,10 +171,18 @@ def _rank_of(score_BI: Tensor, target_B: Tensor) -> Int64:
     index_I = torch.arange(score_BI.shape[1])
     better_BI = (score_BI > target_score_B1) | ((score_BI == target_score_B1) & (index_I < target_B[:, None]))
     rank_B = better_BI.sum(dim=1)
-    rank_B[torch.isinf(target_score_B1[:, 0])] = score_BI.shape[1]  # a removed answer is a miss at every k
+    rank_B[torch.isinf(target_score_B1[:, 0])] = MISS
     return np.asarray(rank_B.numpy(), dtype=np.int64)
 
 
 def _top(score_BI: Tensor, k: int) -> Int64:
-    value_BK, index_BK = score_BI.topk(min(k, score_BI.shape[1]), dim=1)
-    return np.asarray(index_BK.masked_fill(torch.isinf(value_BK), PAD).numpy(), dtype=np.int64)
+    """The k best of each row, ties to the smaller index; torch.topk alone takes any of equal scores."""
+    size = min(k, score_BI.shape[1])
+    last_B1 = score_BI.topk(size, dim=1).values[:, -1:]
+    above_BI, equal_BI = score_BI > last_B1, score_BI == last_B1
+    room_B1 = size - above_BI.sum(dim=1, keepdim=True)
+    kept_BI = above_BI | (equal_BI & (equal_BI.cumsum(dim=1, dtype=torch.int32) <= room_B1))
+    index_BK = kept_BI.nonzero()[:, 1].view(-1, size)
+    value_BK, order_BK = score_BI.gather(1, index_BK).sort(dim=1, descending=True, stable=True)
+    top_BK = index_BK.gather(1, order_BK).masked_fill(torch.isinf(value_BK), PAD)
+    return np.pad(np.asarray(top_BK.numpy(), dtype=np.int64), ((0, 0), (0, k - size)), constant_values=PAD)

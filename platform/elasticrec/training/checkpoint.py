@@ -1,7 +1,7 @@
 """Training state in, a folder that any number of workers can go on from out; a torn one is told apart.
 
 state.safetensors   network, averaged and best weights, AdamW's moments
-state.json          position in the plan, best validation, history; sha256 of the tensors; written last
+state.json          position in the plan, best validation, history; sha256 of the tensors and of itself; written last
 """
 
 import hashlib
@@ -46,7 +46,7 @@ def save(folder: Path, tensors: dict[str, Tensor], position: Position) -> None:
         "sha256": _sha256(folder / TENSORS),
     }
     partial = folder / f".{STATE}.partial"
-    partial.write_text(json.dumps(state), encoding="utf-8")
+    partial.write_text(json.dumps(state | {"state_sha256": _state_sha256(state)}), encoding="utf-8")
     partial.rename(folder / STATE)
 
 
@@ -61,6 +61,8 @@ def read_position(folder: Path) -> Position:
         digest = _sha256(folder / TENSORS)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint '{folder}' is torn: {error}") from None
+    if not isinstance(state, dict) or state.pop("state_sha256", None) != _state_sha256(state):
+        raise CheckpointError(f"checkpoint file '{folder / STATE}' is corrupt: its sha256 is not the recorded one")
     if digest != state["sha256"]:
         raise CheckpointError(f"checkpoint file '{folder / TENSORS}' is corrupt: its sha256 is not the recorded one")
     return Position(
@@ -130,6 +132,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, network: Network, tensors: 
         optimizer.state[parameter] = {
             key: value.to(parameter.device) for key, value in section(tensors, name).items() if "." not in key
         }
+
+
+def _state_sha256(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ from elasticrec.config import from_mapping, to_mapping
 from elasticrec.data.sequences import Store, open_store
 from elasticrec.data.split import split
 from elasticrec.errors import ConfigError, TrainingError
+from elasticrec.training import reservation
 from elasticrec.training.checkpoint import Position, read_position
 from elasticrec.training.run import RunConfig
 from elasticrec.training.worker import train_worker
@@ -52,8 +53,11 @@ def fit(run: RunConfig) -> Trained:
     _check_store(run, open_store(run.data))
     _check_cluster(run)
     _remember(run)
+    reservation.release(run.folder)
     with _environment(TRAIN_ENVIRONMENT):
-        result = _trainer(run).fit()
+        trainer = _trainer(run)
+        reservation.remember(run.folder, trainer)
+        result = trainer.fit()
     return _finished(run, result)
 
 

@@ -40,8 +40,8 @@ class Host(Protocol):
         """Folders of committed checkpoints, newest first."""
         ...
 
-    def report(self, metrics: dict[str, Any], write: Callable[[Path], None] | None) -> None:
-        """Publishes metrics, and a checkpoint that `write` fills on the first worker. Called on every worker."""
+    def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
+        """Publishes metrics and a checkpoint, which `write` fills on the first worker. Called on every worker."""
         ...
 
 
@@ -59,9 +59,7 @@ class LocalHost:
     def checkpoints(self) -> Iterable[Path]:
         return sorted(self._folder.glob("[0-9]*"), reverse=True)
 
-    def report(self, metrics: dict[str, Any], write: Callable[[Path], None] | None) -> None:
-        if write is None:
-            return
+    def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
         write(self._folder / f"{metrics['step']:012d}")
         for old in list(self.checkpoints())[self._keep :]:
             for file in old.iterdir():
@@ -198,7 +196,6 @@ class Loop:
                 self.best_weights = _copy(self.averaged.network)
         self.history.append(line)
         journal.epoch(line)
-        self.host.report(line, None)
 
     def validate(self) -> dict[str, float]:
         """Metrics of the averaged weights on all validation cases, each worker ranking its part."""
@@ -215,12 +212,13 @@ class Loop:
         journal.flush()
         position = checkpoint.Position(
             step=self.step,
-            digest=self.plan.digest(),
+            digest=self._digest(),
             best=asdict(self.best),
             running=self.running,
             history=tuple(self.history),
         )
-        metrics = {"step": self.step, "epoch": self.step // self.plan.steps_per_epoch, "finished": finished}
+        # Ray takes one report a second and blocks workers meanwhile, so epochs are told along with checkpoints.
+        metrics = {**(self.history[-1] if self.history else {}), "step": self.step, "finished": finished}
         best = {} if not self.best.epoch else {f"best_{self.run.validation.metric}": self.best.value}
         self.host.report(metrics | best, lambda folder: checkpoint.save(folder, self._state(), position))
 
@@ -232,8 +230,11 @@ class Loop:
             | checkpoint.flatten("optimizer", checkpoint.optimizer_tensors(self.optimizer, self.network))
         )
 
+    def _digest(self) -> str:
+        return f"{self.plan.digest()}-{self.store.fingerprint}"
+
     def _resume(self) -> None:
-        folder = checkpoint.newest_valid(self.host.checkpoints(), self.plan.digest())
+        folder = checkpoint.newest_valid(self.host.checkpoints(), self._digest())
         if folder is None:
             return
         position, tensors = checkpoint.read_position(folder), checkpoint.read_tensors(folder)

@@ -25,6 +25,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.weight_decay < 0 or self.warmup_steps < 0:
             raise ConfigError("learning_rate must be above 0, weight_decay and warmup_steps at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas {self.betas} must be at least 0 and below 1")
+        if not 0 <= self.final_fraction <= 1:
+            raise ConfigError(f"final_fraction {self.final_fraction} must be between 0 and 1")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay {self.ema_decay} must be at least 0 and below 1")
 

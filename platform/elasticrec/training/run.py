@@ -76,7 +76,7 @@ class RunConfig:
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name:
+        if self.name in ("", ".", "..") or "/" in self.name:
             raise ConfigError(f"run name {self.name!r} must be a single folder name")
         if self.epochs < 1:
             raise ConfigError(f"epochs {self.epochs} must be at least 1")

@@ -34,9 +34,9 @@ class RayHost:
         paths = dict.fromkeys([newest.path, *(checkpoint.path for checkpoint in reversed(reported))])
         return [Path(path) for path in paths]
 
-    def report(self, metrics: dict[str, Any], write: Callable[[Path], None] | None) -> None:
+    def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
         """A barrier over all workers; the first one brings the checkpoint."""
-        if write is None or self.rank != 0:
+        if self.rank != 0:
             ray.train.report(metrics)
             return
         with tempfile.TemporaryDirectory() as folder:

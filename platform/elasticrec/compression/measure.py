@@ -1,0 +1,105 @@
+"""Networks in, their sizes and latencies out, through the code that serving runs.
+
+Networks that are compared answer in turn, one call each a round, so that a slow moment of the machine meets them all.
+
+# B users of a batch, T positions, P histories to draw from
+"""
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from elasticrec.data.sequences import Int32
+from elasticrec.errors import ConfigError
+from elasticrec.model.network import Network
+from elasticrec.serving.scorer import Question, Scorer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasureConfig:
+    """How often and on how many threads; p99 needs a few hundred rounds to mean something."""
+
+    batches: tuple[int, ...] = (1, 32)
+    rounds: int = 200
+    warmup_rounds: int = 20
+    k: int = 10
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(*self.batches, self.rounds, self.k, self.threads, 1) < 1 or self.warmup_rounds < 0:
+            raise ConfigError(f"batches {self.batches}, rounds {self.rounds}, k {self.k} and threads must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """Times of one network at one batch size."""
+
+    batch: int
+    p50_ms: float
+    p99_ms: float
+    users_per_s: float
+
+
+def measure(networks: Mapping[str, Network], history_PT: Int32, config: MeasureConfig) -> dict[str, dict[int, Latency]]:
+    """Latency of each network (by its name) at each batch size, from history to the k best unseen items."""
+    with _quiet(config.threads):
+        scorers = {name: Scorer(network) for name, network in networks.items()}
+        result: dict[str, dict[int, Latency]] = {name: {} for name in networks}
+        for batch in config.batches:
+            for name, elapsed_s in _time(scorers, history_PT, batch, config).items():
+                result[name][batch] = _latency(batch, elapsed_s)
+    return result
+
+
+def resident_bytes(network: Network) -> int:
+    """Bytes of all parameters and buffers, and of what the item table keeps beside them."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return sum(tensor.nbytes for tensor in tensors) + network.encoder.items.cached_bytes()
+
+
+def _time(
+    scorers: Mapping[str, Scorer], history_PT: Int32, batch: int, config: MeasureConfig
+) -> dict[str, list[float]]:
+    elapsed_s: dict[str, list[float]] = {name: [] for name in scorers}
+    for turn in range(config.warmup_rounds + config.rounds):
+        question = _question(history_PT, batch, turn, config.k)
+        names = list(scorers)[:: 1 if turn % 2 else -1]  # nobody always goes first
+        for name in names:
+            started_s = time.perf_counter()
+            scorers[name].score(question)
+            if turn >= config.warmup_rounds:
+                elapsed_s[name].append(time.perf_counter() - started_s)
+    return elapsed_s
+
+
+def _question(history_PT: Int32, batch: int, turn: int, k: int) -> Question:
+    item_BT = np.take(history_PT, np.arange(turn * batch, (turn + 1) * batch), axis=0, mode="wrap")
+    row_N, position_N = np.nonzero(item_BT)
+    blocked_item_N = item_BT[row_N, position_N].astype(np.int64)
+    return Question(item_BT=item_BT, blocked_row_N=row_N.astype(np.int64), blocked_item_N=blocked_item_N, k=k)
+
+
+def _latency(batch: int, elapsed_s: list[float]) -> Latency:
+    p50_s, p99_s = np.percentile(elapsed_s, [50, 99])
+    return Latency(
+        batch=batch, p50_ms=float(1e3 * p50_s), p99_ms=float(1e3 * p99_s), users_per_s=float(batch / np.mean(elapsed_s))
+    )
+
+
+@contextlib.contextmanager
+def _quiet(threads: int) -> Iterator[None]:
+    """A fixed number of threads and no garbage collection while times are taken."""
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        torch.set_num_threads(threads_before)

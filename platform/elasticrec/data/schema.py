@@ -1,0 +1,180 @@
+"""Interaction logs and item tables as the user has them in; checked canonical arrow tables out.
+
+Canonical events: user_id string, item_id string, then what was mapped of timestamp int64 (seconds), rating float32 and
+event_type string. Whatever is wrong becomes one InputError that names the file, the row (data rows, counted from 1), in
+text files the line too, the column, what was found and what to do.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from elasticrec.columns import EVENT, ITEM, RATING, TIME, USER
+from elasticrec.data import tables
+from elasticrec.data.files import InputFile
+from elasticrec.data.times import NUMBER, BadTimeError, parse_times
+from elasticrec.errors import ConfigError, InputError
+
+# How programs write "no value" into text. As ids they would join strangers into one user.
+NO_VALUE = ("", "null", "NULL", "None", "nan", "NaN")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ColumnMap:
+    """The user's names of the columns; None where the log has no such column."""
+
+    user: str = USER
+    item: str = ITEM
+    time: str | None = None
+    rating: str | None = None
+    event: str | None = None
+
+    def __post_init__(self) -> None:
+        names = self.names()
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"column '{twice[0]}' is named for two purposes; give each its own column")
+
+    def names(self) -> list[str]:
+        """The mapped columns, as the user calls them."""
+        return [name for field in fields(self) if (name := getattr(self, field.name)) is not None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """Events of one part of the input, and the facts on which all parts must agree."""
+
+    events: pa.Table
+    shown: str
+    kinds: dict[str, str]  # the user's column → integer, text
+    time_unit: str | None
+
+
+def read_events(file: InputFile, columns: ColumnMap, row_groups: Sequence[int] | None = None) -> Checked:
+    """Reads and checks a file, or some row groups of a parquet file.
+
+    Raises:
+        InputError: on the first thing that is wrong.
+    """
+    part = tables.read(file, columns.names(), row_groups)
+    events, kinds = {}, {}
+    events[USER], kinds[columns.user] = _ids(part, columns.user)
+    events[ITEM], kinds[columns.item] = _ids(part, columns.item)
+    unit = None
+    if columns.time is not None:
+        events[TIME], unit = _times(part, columns.time)
+    if columns.rating is not None:
+        events[RATING] = _ratings(part, columns.rating)
+    if columns.event is not None:
+        events[EVENT] = _ids(part, columns.event)[0]
+    return Checked(events=pa.table(events), shown=file.shown, kinds=kinds, time_unit=unit)
+
+
+def check_agreement(parts: Iterable[Checked]) -> None:
+    """Raises InputError where parts hold different types in one column, or times in different units."""
+    first: Checked | None = None
+    for part in parts:
+        if part.events.num_rows == 0:
+            continue
+        if first is None:
+            first = part
+            continue
+        for column, kind in part.kinds.items():
+            if "any" not in (kind, first.kinds[column]) and kind != first.kinds[column]:
+                raise InputError(
+                    f"column '{column}' has mixed types: {first.kinds[column]} in '{first.shown}', {kind} in "
+                    f"'{part.shown}'; write it with one type"
+                )
+        if part.time_unit != first.time_unit:
+            raise InputError(
+                f"times are in {first.time_unit} in '{first.shown}' and in {part.time_unit} in '{part.shown}'; "
+                "bring them to one unit"
+            )
+
+
+def read_texts(file: InputFile, key: str, others: Sequence[str]) -> pa.Table:
+    """A table of strings: the id column `key`, checked, and `others` with "" where there is no value.
+
+    Raises:
+        InputError: on the first thing that is wrong.
+    """
+    part = tables.read(file, [key, *others])
+    read = {key: _ids(part, key)[0]}
+    for name in others:
+        text = _as_text(part, name)[0]
+        read[name] = pc.fill_null(text, "")
+    return pa.table(read)
+
+
+def _ids(part: tables.Part, column: str) -> tuple[pa.Array, str]:
+    text, kind = _as_text(part, column)
+    missing = pc.is_null(text)
+    if kind != "integer":
+        missing = pc.or_(missing, pc.fill_null(pc.is_in(pc.utf8_trim_whitespace(text), pa.array(NO_VALUE)), False))
+    row = tables.first_true(missing)
+    if row is not None:
+        raise part.error(row, column, f"is {_found(text, row)}, which names nothing; fill it or drop the row")
+    return text, kind
+
+
+def _as_text(part: tables.Part, column: str) -> tuple[pa.Array, str]:
+    """Values as strings, and what they were: text, integer, or any (separated text does not tell)."""
+    values = part.column(column)
+    if pa.types.is_dictionary(values.type):
+        values = pc.cast(values, values.type.value_type)
+    kind = values.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+        return pc.cast(values, pa.string()), "any" if part.is_text else "text"
+    if pa.types.is_integer(kind):
+        return pc.cast(values, pa.string()), "integer"
+    if pa.types.is_floating(kind):  # pandas writes whole numbers so where a value is missing
+        values = pc.if_else(pc.is_nan(values), pa.scalar(None, kind), values)
+        row = tables.first_true(pc.fill_null(pc.not_equal(values, pc.floor(values)), False))
+        if row is None:
+            return pc.cast(pc.cast(values, pa.int64()), pa.string()), "integer"
+        raise part.error(row, column, f"is {values[row].as_py()!r}; an id must be text or a whole number")
+    raise part.error(None, column, f"has type {kind}; an id must be text or a whole number: convert the column")
+
+
+def _without_blanks(values: pa.Array) -> pa.Array:
+    """Null where a text field holds no value."""
+    blank = pc.is_in(pc.utf8_trim_whitespace(values), pa.array(NO_VALUE))
+    return pc.if_else(blank, pa.scalar(None, values.type), values)
+
+
+def _times(part: tables.Part, column: str) -> tuple[pa.Array, str]:
+    values = part.column(column)
+    if part.is_text:
+        values = _without_blanks(values)
+    try:
+        times = parse_times(values)
+    except BadTimeError as error:
+        raise part.error(error.row, column, error.why) from None
+    return pa.array(times.second_E), times.unit
+
+
+def _ratings(part: tables.Part, column: str) -> pa.Array:
+    values = part.column(column)
+    if pa.types.is_string(values.type):
+        values = _without_blanks(values)
+        odd = pc.invert(pc.match_substring_regex(pc.fill_null(values, "0"), NUMBER))
+        row = tables.first_true(odd)
+        if row is not None:
+            raise part.error(row, column, f"is {values[row].as_py()!r}, which is no number; correct the row")
+        values = pc.cast(pc.utf8_trim_whitespace(values), pa.float32())
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        raise part.error(None, column, f"has type {values.type}; a rating must be a number: convert the column")
+    number_E = pc.cast(values, pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+    bad_E = ~np.isfinite(number_E)
+    if bad_E.any():
+        row = int(np.argmax(bad_E))
+        raise part.error(row, column, f"is {_found(values, row)}, which is no rating; fill it or leave --rating out")
+    return pa.array(number_E, pa.float32())
+
+
+def _found(values: pa.Array, row: int) -> str:
+    value = values[row].as_py()
+    return "empty" if value in (None, "") else repr(value)

@@ -1,0 +1,205 @@
+"""One input file and the wanted columns in; an arrow table that can say where in the file a row stands out."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from elasticrec.data.files import InputFile, ParquetFormat, TextFormat
+from elasticrec.errors import InputError, suggestion
+
+_BLOCK_BYTES = 8 << 20
+_STAND_IN = "\x1f"  # replaces separators of several letters, which arrow does not know
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """The wanted columns of a file, or of some row groups of it. `first_row`: data rows of the file before these."""
+
+    file: InputFile
+    table: pa.Table
+    first_row: int = 0
+
+    @property
+    def is_text(self) -> bool:
+        """Whether values were written as text, so that an empty one means none."""
+        return isinstance(self.file.format, TextFormat)
+
+    def column(self, name: str) -> pa.Array:
+        """One column in one piece."""
+        column = self.table.column(name)
+        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+    def error(self, row: int | None, column: str, why: str) -> InputError:
+        """The error for the part's row (from 0) and the user's column."""
+        where = f"'{self.file.shown}', "
+        if row is not None:
+            where += f"row {self.first_row + row + 1}"
+            where += f" (line {_line_of(self.file, row)}), " if self.is_text else ", "
+        return InputError(f"{where}column '{column}': {why}")
+
+
+def first_true(mask: pa.Array) -> int | None:
+    """Index of the first true value."""
+    row = pc.index(mask, pa.scalar(True)).as_py()
+    return None if row < 0 else int(row)
+
+
+def read(file: InputFile, columns: Sequence[str], row_groups: Sequence[int] | None = None) -> Part:
+    """Reads `columns` of a file; columns of text files come as strings.
+
+    Raises:
+        InputError: the file is empty, damaged, not UTF-8, or lacks a column.
+    """
+    try:
+        if file.bytes == 0 and file.filesystem.get_file_info(file.path).size == 0:
+            raise InputError(f"'{file.shown}' is empty (0 bytes); take it out or write it again")
+        if isinstance(file.format, ParquetFormat):
+            return _read_parquet(file, columns, row_groups)
+        return _read_text(file, file.format, columns)
+    except OSError as error:
+        raise InputError(f"'{file.shown}' cannot be read: {error}") from None
+
+
+def row_group_count(file: InputFile) -> int:
+    """Pieces that can be read apart: the row groups of a parquet file, 1 for text."""
+    if not isinstance(file.format, ParquetFormat):
+        return 1
+    try:
+        with file.filesystem.open_input_file(file.path) as source:
+            return max(1, int(pq.ParquetFile(source).num_row_groups))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"'{file.shown}' is no readable parquet file: {error}") from None
+
+
+def _read_parquet(file: InputFile, columns: Sequence[str], row_groups: Sequence[int] | None) -> Part:
+    with file.filesystem.open_input_file(file.path) as source:
+        try:
+            parquet = pq.ParquetFile(source)
+            _require(file, columns, parquet.schema_arrow.names)
+            if row_groups is None:
+                return Part(file=file, table=parquet.read(columns=list(columns)))
+            before = sum(parquet.metadata.row_group(group).num_rows for group in range(min(row_groups, default=0)))
+            return Part(file=file, table=parquet.read_row_groups(row_groups, columns=list(columns)), first_row=before)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"'{file.shown}' is no readable parquet file: {error}") from None
+
+
+def _read_text(file: InputFile, format: TextFormat, columns: Sequence[str]) -> Part:
+    header = list(format.header) if format.header else _header(file, format)
+    _require(file, columns, header)
+    try:
+        table = _parse(file, format, header, columns)
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise _explained(file, format, len(header), str(error)) from None
+    return Part(file=file, table=table)
+
+
+def _parse(file: InputFile, format: TextFormat, header: list[str], columns: Sequence[str]) -> pa.Table:
+    single = len(format.separator) == 1
+    with file.filesystem.open_input_stream(file.path) as stream:
+        source: Any = stream
+        if not single:
+            source = pa.BufferReader(stream.read().replace(format.separator.encode(), _STAND_IN.encode()))
+        return pacsv.read_csv(
+            source,
+            read_options=pacsv.ReadOptions(
+                column_names=header if format.header else None, encoding=format.encoding, block_size=_BLOCK_BYTES
+            ),
+            parse_options=pacsv.ParseOptions(
+                delimiter=format.separator if single else _STAND_IN, quote_char='"' if format.quoted else False
+            ),
+            convert_options=pacsv.ConvertOptions(
+                include_columns=list(columns),
+                column_types=dict.fromkeys(columns, pa.string()),
+                strings_can_be_null=False,
+            ),
+        )  # fmt: skip
+
+
+def _header(file: InputFile, format: TextFormat) -> list[str]:
+    """The names in the first line that is not blank."""
+    number, line = next(((number, line) for number, line in _lines(file) if line.strip()), (1, b""))
+    try:
+        text = line.decode("utf-8-sig" if format.encoding == "utf-8" else format.encoding).rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file, number, line, error) from None
+    if not text:
+        raise InputError(f"'{file.shown}' is empty: it has no header line; take it out or write it again")
+    if len(format.separator) > 1:
+        return text.split(format.separator)
+    return next(csv.reader([text], delimiter=format.separator, quotechar='"' if format.quoted else None))
+
+
+def _require(file: InputFile, wanted: Sequence[str], present: Sequence[str]) -> None:
+    for name in wanted:
+        if name not in present:
+            known = f" (columns: {', '.join(present)})" if len(present) <= 30 else ""
+            raise InputError(f"'{file.shown}' has no column '{name}'{suggestion(name, present)}{known}")
+        if list(present).count(name) > 1:
+            raise InputError(f"'{file.shown}' has column '{name}' twice; rename one of them")
+
+
+def _lines(file: InputFile) -> Iterator[tuple[int, bytes]]:
+    """Lines of a text file with their number from 1."""
+    number, rest = 0, b""
+    with file.filesystem.open_input_stream(file.path) as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            *whole, rest = (rest + block).split(b"\n")
+            for line in whole:
+                number += 1
+                yield number, line + b"\n"
+    if rest:
+        yield number + 1, rest
+
+
+def _line_of(file: InputFile, row: int) -> int:
+    """Line of a data row, which blank lines and the header shift; runs only on the way to an error."""
+    assert isinstance(file.format, TextFormat)
+    wanted = row if file.format.header else row + 1
+    filled = (number for number, line in _lines(file) if line.strip(b"\r\n"))
+    return next((number for index, number in enumerate(filled) if index == wanted), wanted + 1)
+
+
+def _explained(file: InputFile, format: TextFormat, width: int, problem: str) -> InputError:
+    """Finds the line that arrow could not read; runs only on the way to an error."""
+    row = 0 if format.header else -1
+    separator = format.separator.encode()
+    for number, line in _lines(file):
+        if not line.strip(b"\r\n"):
+            continue
+        try:
+            text = line.decode(format.encoding)
+        except UnicodeDecodeError as error:
+            return _not_utf8(file, number, line, error)
+        fields = _fields(text, format) if format.quoted else line.rstrip(b"\r\n").split(separator)
+        row += 1
+        if len(fields) != width:
+            return InputError(
+                f"'{file.shown}', row {row} (line {number}): has {len(fields)} fields where the header has {width}; "
+                f"correct the line: {text.strip()[:80]!r}"
+            )
+    if row <= 0:
+        return InputError(f"'{file.shown}' has a header and no rows; take it out or write it again")
+    return InputError(f"'{file.shown}' cannot be read as separated text: {problem}")
+
+
+def _fields(text: str, format: TextFormat) -> Sequence[object]:
+    if len(format.separator) > 1:
+        return text.split(format.separator)
+    return next(csv.reader([text.rstrip("\r\n")], delimiter=format.separator))
+
+
+def _not_utf8(file: InputFile, number: int, line: bytes, error: UnicodeDecodeError) -> InputError:
+    separator = file.format.separator if isinstance(file.format, TextFormat) else ","
+    field = line[: error.start].count(separator.encode()) + 1
+    byte = line[error.start]
+    return InputError(
+        f"'{file.shown}', line {number}, column number {field}: is not UTF-8 (byte 0x{byte:02x}); "
+        "write the file as UTF-8, for example with: iconv -f latin1 -t utf-8"
+    )

@@ -1,0 +1,72 @@
+"""Single calls in, one call a batch out: what arrives while the worker is busy goes together in the next batch.
+
+There is no waiting time: an idle worker starts at once, so a lone request pays nothing, and batches grow with load.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+
+@dataclass(kw_only=True, slots=True)
+class _Waiting(Generic[Q, A]):
+    question: Q
+    answer: "asyncio.Future[A]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Batcher(Generic[Q, A]):
+    """Belongs to one event loop. A failure of a batch is the failure of each of its calls."""
+
+    def __init__(
+        self, run: Callable[[Sequence[Q]], Awaitable[Sequence[A]]], *, max_batch: int, in_flight: int = 1
+    ) -> None:
+        """`run`: answers in the order of its questions. `in_flight`: batches that may run at the same time."""
+        self._run = run
+        self._max_batch = max_batch
+        self._free = in_flight
+        self._waiting: deque[_Waiting[Q, A]] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def submit(self, question: Q) -> A:
+        """The answer to one question."""
+        waiting: _Waiting[Q, A] = _Waiting(question=question)
+        self._waiting.append(waiting)
+        if self._free:
+            self._free -= 1
+            task = asyncio.get_running_loop().create_task(self._drain())
+            self._tasks.add(task)  # the loop holds tasks weakly
+            task.add_done_callback(self._tasks.discard)
+        return await waiting.answer
+
+    async def _drain(self) -> None:
+        try:
+            while batch := self._next():
+                await self._answer(batch)
+        finally:
+            self._free += 1
+
+    def _next(self) -> list[_Waiting[Q, A]]:
+        batch: list[_Waiting[Q, A]] = []
+        while self._waiting and len(batch) < self._max_batch:
+            waiting = self._waiting.popleft()
+            if not waiting.answer.done():  # its caller may have gone
+                batch.append(waiting)
+        return batch
+
+    async def _answer(self, batch: list[_Waiting[Q, A]]) -> None:
+        try:
+            answers = await self._run([waiting.question for waiting in batch])
+            pairs = list(zip(batch, answers, strict=True))
+        except Exception as error:  # noqa: BLE001 - handed to every caller
+            for waiting in batch:
+                if not waiting.answer.done():
+                    waiting.answer.set_exception(error)
+            return
+        for waiting, answer in pairs:
+            if not waiting.answer.done():
+                waiting.answer.set_result(answer)

@@ -1,0 +1,225 @@
+"""Events in, durable once acknowledged; the histories that recommendations are made from out."""
+
+import contextlib
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Final, Protocol
+
+from elasticrec.columns import ITEM, USER
+from elasticrec.data.sequences import Store, open_store
+from elasticrec.errors import ElasticRecError
+
+SCHEMA_VERSION: Final = 1
+_PENDING_PAGES: Final = 1_000  # WAL pages (4 KiB) before SQLite moves them into the database
+
+_SCHEMA: Final = (
+    """CREATE TABLE events (
+        event_number INTEGER PRIMARY KEY,  -- order of arrival
+        user_id      TEXT NOT NULL,
+        item_id      TEXT NOT NULL,
+        event_type   TEXT,
+        timestamp    INTEGER NOT NULL      -- seconds since the epoch
+    )""",
+    "CREATE INDEX events_of_user ON events (user_id, event_number, item_id)",  # covers every read
+    "CREATE TABLE seeds (fingerprint TEXT PRIMARY KEY, events INTEGER NOT NULL)",
+)
+
+
+class EventStoreError(ElasticRecError, RuntimeError):
+    """Events cannot be kept or read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredEvent:
+    """Something a user did with an item; `timestamp` in seconds since the epoch."""
+
+    user_id: str
+    item_id: str
+    timestamp: int
+    event_type: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SqliteConfig:
+    """Where the database lies (a local disk), and how long a writer waits for another process."""
+
+    path: Path
+    busy_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeedConfig:
+    """A prepared data set whose events known users start with."""
+
+    data: Path
+    batch_events: int = 50_000
+
+
+class EventStore(Protocol):
+    """What serving needs of a store. Every implementation passes tests/contract/test_event_stores.py.
+
+    An event is in `history` and `seen` of every process once `append` has returned, and outlives them all.
+    """
+
+    def append(self, events: Sequence[StoredEvent]) -> None:
+        """Keeps all events, in their order, or none."""
+        ...
+
+    def history(self, user_id: str, limit: int) -> list[str]:
+        """The newest `limit` item ids of a user in order of arrival, oldest first."""
+        ...
+
+    def seen(self, user_id: str) -> set[str]:
+        """All item ids of a user."""
+        ...
+
+    def seed(self, fingerprint: str, events: Iterable[StoredEvent]) -> int:
+        """Loads a data set once: number of events added, 0 when one with this fingerprint was loaded before."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SqliteEventStore:
+    """One SQLite file in WAL mode, shared by the processes of one node: many readers beside one writer.
+
+    `synchronous=FULL` syncs the log to disk at each commit, so an acknowledged event survives a power cut as well;
+    NORMAL would only survive the end of the process. Callers make it cheap by appending many events at once.
+    """
+
+    def __init__(self, config: SqliteConfig) -> None:
+        """Opens the database and makes it when it is not there.
+
+        Raises:
+            EventStoreError: the file is no event store, is of a newer version, or cannot be written.
+        """
+        self.config = config
+        with self._telling():
+            config.path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = self._connect()
+            self._reader = self._connect()
+            try:
+                self._prepare()
+            except BaseException:
+                self.close()
+                raise
+        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
+
+    def append(self, events: Sequence[StoredEvent]) -> None:
+        with self._write_lock, self._telling(), self._transaction():
+            self._insert(events)
+
+    def history(self, user_id: str, limit: int) -> list[str]:
+        query = "SELECT item_id FROM events WHERE user_id = ? ORDER BY event_number DESC LIMIT ?"
+        with self._read_lock, self._telling():
+            rows = self._reader.execute(query, (user_id, limit)).fetchall()
+        return [item_id for (item_id,) in reversed(rows)]
+
+    def seen(self, user_id: str) -> set[str]:
+        query = "SELECT item_id FROM events WHERE user_id = ?"
+        with self._read_lock, self._telling():
+            return {item_id for (item_id,) in self._reader.execute(query, (user_id,))}
+
+    def seed(self, fingerprint: str, events: Iterable[StoredEvent]) -> int:
+        with self._write_lock, self._telling(), self._transaction():  # one process seeds, the others wait here
+            known = self._writer.execute("SELECT 1 FROM seeds WHERE fingerprint = ?", (fingerprint,)).fetchone()
+            if known:
+                return 0
+            count = self._insert(events)
+            self._writer.execute("INSERT INTO seeds VALUES (?, ?)", (fingerprint, count))
+        return count
+
+    def close(self) -> None:
+        self._reader.close()
+        self._writer.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.config.path,
+            timeout=self.config.busy_timeout_s,
+            isolation_level=None,  # transactions are begun here, not by the module
+            check_same_thread=False,  # each connection has its lock
+        )
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_PENDING_PAGES}")
+        return connection
+
+    def _prepare(self) -> None:
+        self._turn_wal_on()
+        with self._transaction():
+            (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+            if version > SCHEMA_VERSION:
+                raise EventStoreError(
+                    f"'{self.config.path}' has event schema {version}, this version reads {SCHEMA_VERSION}; "
+                    "take another file or a newer elasticrec"
+                )
+            if version == 0:
+                for statement in _SCHEMA:
+                    self._writer.execute(statement)
+                self._writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _turn_wal_on(self) -> None:
+        """The switch to WAL does not wait for other processes by itself, so it is tried again."""
+        deadline_s = time.monotonic() + self.config.busy_timeout_s
+        while True:
+            try:
+                self._writer.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline_s:
+                    raise
+            time.sleep(0.01)
+
+    def _insert(self, events: Iterable[StoredEvent]) -> int:
+        rows = ((event.user_id, event.item_id, event.event_type, event.timestamp) for event in events)
+        statement = "INSERT INTO events (user_id, item_id, event_type, timestamp) VALUES (?, ?, ?, ?)"
+        return self._writer.executemany(statement, rows).rowcount
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._writer.execute("BEGIN IMMEDIATE")  # takes the write lock now: no deadlock later
+        try:
+            yield
+            self._writer.execute("COMMIT")
+        except BaseException:
+            if self._writer.in_transaction:
+                self._writer.execute("ROLLBACK")
+            raise
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise EventStoreError(
+                f"event store '{self.config.path}' failed: {error}; it must be an SQLite file on a local, writable disk"
+            ) from error
+
+
+def seed_from(store: EventStore, config: SeedConfig) -> int:
+    """Loads a prepared data set into an event store; number of events added, 0 when it was loaded before.
+
+    Raises:
+        InputError: there is no prepared data set at `config.data`.
+    """
+    data = open_store(config.data)
+    return store.seed(data.fingerprint, _events_of(data, config.batch_events))
+
+
+def _events_of(data: Store, batch_events: int) -> Iterator[StoredEvent]:
+    """All events user by user, each user's in order, without ever holding all of them as objects."""
+    item_ids = [str(item_id) for item_id in data.items().column(ITEM).to_pylist()]
+    user_ids = [str(user_id) for user_id in data.users().column(USER).to_pylist()]
+    sequences = data.sequences
+    for user_index, user_id in enumerate(user_ids):
+        start, end = int(sequences.offset_U1[user_index]), int(sequences.offset_U1[user_index + 1])
+        for first in range(start, end, batch_events):
+            piece = slice(first, min(first + batch_events, end))
+            times = repeat(0) if sequences.time_E is None else sequences.time_E[piece].tolist()
+            for item_index, timestamp in zip(sequences.item_E[piece].tolist(), times, strict=False):
+                yield StoredEvent(user_id=user_id, item_id=item_ids[item_index - 1], timestamp=timestamp)

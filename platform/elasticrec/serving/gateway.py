@@ -1,0 +1,273 @@
+"""A recommender and an event store in, the HTTP API (ASGI) out.
+
+Knows nothing of Ray: `graph` runs it in Serve replicas, tests and benchmarks run it on a bare uvicorn.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fastapi import APIRouter, FastAPI, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from elasticrec import __version__
+from elasticrec.serving.api import (
+    ApiError,
+    EventsRequest,
+    EventsResponse,
+    HealthResponse,
+    ItemNotFoundError,
+    ItemResponse,
+    Problem,
+    RecommendedItem,
+    RecommendRequest,
+    RecommendResponse,
+    UnavailableError,
+    problem,
+)
+from elasticrec.serving.auth import KeyRing
+from elasticrec.serving.batcher import Batcher
+from elasticrec.serving.catalogue import Catalogue
+from elasticrec.serving.events import EventStore, EventStoreError, StoredEvent
+from elasticrec.serving.guard import Guard, ProblemResponse, respond
+from elasticrec.serving.history import Request
+from elasticrec.serving.postprocess import Recommendation
+
+MAX_EVENT_BATCH = 256  # requests whose events share one commit
+READY_TIMEOUT_S = 5.0
+_MAX_SHOWN_ERRORS = 10
+_MAX_SHOWN_CHARACTERS = 200
+_LOGGER = logging.getLogger(__name__)
+
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text}
+    for status, text in {
+        400: "The body is no JSON",
+        401: "No key, or an unknown one",
+        413: "The body is too large",
+        422: "A field does not fit; `errors` names each",
+        503: "The model or the event store does not answer; try again",
+    }.items()
+}
+
+
+class Versioned(Protocol):
+    """What every recommender shows besides its answers."""
+
+    version: str
+    catalogue: Catalogue
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """What the routes call. Model batches go through `recommend`, events through one thread of their own."""
+
+    model: Versioned
+    recommend: Callable[[Sequence[Request]], Awaitable[Sequence[Recommendation]]]
+    events: EventStore
+    max_batch: int = 64
+    batches_in_flight: int = 1
+    event_thread: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="events"))
+
+    def append(self, batches: Sequence[Sequence[StoredEvent]]) -> Awaitable[Sequence[None]]:
+        """Keeps the events of several requests in one commit."""
+        return asyncio.get_running_loop().run_in_executor(self.event_thread, self._append, batches)
+
+    def _append(self, batches: Sequence[Sequence[StoredEvent]]) -> Sequence[None]:
+        self.events.append([event for batch in batches for event in batch])
+        return [None] * len(batches)
+
+
+def in_thread(
+    recommend: Callable[[Sequence[Request]], list[Recommendation]], executor: Executor
+) -> Callable[[Sequence[Request]], Awaitable[list[Recommendation]]]:
+    """A plain recommender as one that leaves the event loop free."""
+
+    async def run(requests: Sequence[Request]) -> list[Recommendation]:
+        return await asyncio.get_running_loop().run_in_executor(executor, recommend, requests)
+
+    return run
+
+
+def create_app(service: Service, keys: KeyRing | None) -> FastAPI:
+    """The API. Without keys every caller may do everything: the address must then be a loopback one."""
+    app = FastAPI(
+        title="elasticrec",
+        version=__version__,
+        summary="Recommendations from live histories",
+        responses=_PROBLEMS,
+        redoc_url=None,
+    )
+    app.include_router(_recommendations(service))
+    app.include_router(_items(service))
+    app.include_router(_health(service))
+    _add_problems(app)
+    app.add_middleware(Guard, keys=keys)
+    return app
+
+
+def _protected() -> APIRouter:
+    # `Guard` checks the key before the body is read; this only tells OpenAPI.
+    return APIRouter(prefix="/v1", dependencies=[Security(HTTPBearer(auto_error=False, description="an API key"))])
+
+
+def _recommendations(service: Service) -> APIRouter:
+    router = _protected()
+    questions = Batcher(service.recommend, max_batch=service.max_batch, in_flight=service.batches_in_flight)
+    writes = Batcher(service.append, max_batch=MAX_EVENT_BATCH)
+
+    @router.post("/recommend", response_model=RecommendResponse, summary="Items that a user may want next")
+    async def recommend(body: RecommendRequest) -> Response:
+        started_s = time.perf_counter()
+        answer = await questions.submit(
+            Request(k=body.k, user_id=body.user_id, history=tuple(body.history or ()), exclude=tuple(body.exclude))
+        )
+        response = RecommendResponse.model_construct(
+            items=[
+                RecommendedItem.model_construct(item_id=item.item_id, title=item.title, score=item.score)
+                for item in answer.items
+            ],
+            source=answer.source,
+            model_version=service.model.version,
+            history_length=answer.history_length,
+            timings_ms=_timings(started_s, answer.timings_ms),
+        )
+        return _json(response)
+
+    @router.post("/events", response_model=EventsResponse, summary="Keep what users did")
+    async def events(body: EventsRequest) -> Response:
+        started_s = time.perf_counter()
+        await writes.submit(_stored(body))
+        unknown = sum(event.item_id not in service.model.catalogue for event in body.events)
+        response = EventsResponse(
+            accepted=len(body.events),
+            unknown_items=unknown,
+            model_version=service.model.version,
+            timings_ms=_timings(started_s, {}),
+        )
+        return _json(response)
+
+    return router
+
+
+def _items(service: Service) -> APIRouter:
+    router = _protected()
+
+    @router.get(
+        "/items/{item_id:path}",
+        response_model=ItemResponse,
+        responses={404: {"model": Problem, "description": "No such item"}},
+        summary="What the catalogue knows of an item",
+    )
+    async def item(item_id: str) -> Response:
+        started_s = time.perf_counter()
+        found = service.model.catalogue.find(item_id)
+        if found is None:
+            raise ItemNotFoundError("the catalogue of this model has no item with this id")
+        response = ItemResponse(
+            item_id=found.item_id,
+            title=found.title,
+            categories=list(found.categories),
+            interactions=found.count,
+            model_version=service.model.version,
+            timings_ms=_timings(started_s, {}),
+        )
+        return _json(response)
+
+    return router
+
+
+def _health(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/healthz", summary="The process answers")
+    async def healthz() -> HealthResponse:
+        return HealthResponse(status="ok", model_version=service.model.version)
+
+    @router.get("/readyz", summary="The event store and the model answer")
+    async def readyz() -> HealthResponse:
+        popular, _ = service.model.catalogue.label(1)
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):  # past the batcher: a full queue is busy, not broken
+                await service.recommend([Request(k=1, user_id="", history=(popular,))])
+        except TimeoutError:
+            raise UnavailableError(f"the model did not answer within {READY_TIMEOUT_S:g} s") from None
+        return HealthResponse(status="ready", model_version=service.model.version)
+
+    return router
+
+
+def _add_problems(app: FastAPI) -> None:
+    """Every error leaves as problem+json and without a trace."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(_: HttpRequest, error: ApiError) -> Response:
+        return respond(error)
+
+    @app.exception_handler(EventStoreError)
+    async def event_store_error(_: HttpRequest, error: EventStoreError) -> Response:
+        _LOGGER.error("%s", error)
+        return respond(UnavailableError("the event store does not answer"))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: HttpRequest, error: RequestValidationError) -> Response:
+        return ProblemResponse(_invalid(error))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: HttpRequest, error: HTTPException) -> Response:
+        headers = dict(error.headers) if error.headers else None
+        detail = str(error.detail)[:_MAX_SHOWN_CHARACTERS]
+        return ProblemResponse(problem(error.status_code, f"http-{error.status_code}", detail, detail), headers)
+
+    @app.exception_handler(Exception)
+    async def failure(_: HttpRequest, error: Exception) -> Response:
+        _LOGGER.error("a request failed", exc_info=error)
+        return respond(ApiError("the request failed inside the service; its log says why"))
+
+
+def _invalid(error: RequestValidationError) -> dict[str, Any]:
+    found = error.errors()
+    if any(entry["type"] == "json_invalid" for entry in found):
+        return problem(400, "malformed-json", "The body is no JSON", str(found[0]["ctx"]["error"]))
+    shown = [
+        {
+            "field": ".".join(map(str, entry["loc"]))[:_MAX_SHOWN_CHARACTERS],
+            "message": str(entry["msg"])[:_MAX_SHOWN_CHARACTERS],
+        }
+        for entry in found[:_MAX_SHOWN_ERRORS]
+    ]
+    detail = f"{shown[0]['field']}: {shown[0]['message']}" + (f" (and {len(found) - 1} more)" if found[1:] else "")
+    return problem(422, "invalid-request", "A field does not fit", detail, shown)
+
+
+def _stored(body: EventsRequest) -> list[StoredEvent]:
+    now_s = int(time.time())
+    return [
+        StoredEvent(
+            user_id=event.user_id,
+            item_id=event.item_id,
+            timestamp=now_s if event.timestamp is None else event.timestamp,
+            event_type=event.event_type,
+        )
+        for event in body.events
+    ]
+
+
+def _timings(started_s: float, stages_ms: dict[str, float]) -> dict[str, float]:
+    """Stages, `total`, and `queue`: what is in no stage, which is waiting for the batch before and the hops."""
+    total_ms = 1e3 * (time.perf_counter() - started_s)
+    queue = {"queue": max(0.0, total_ms - sum(stages_ms.values()))} if stages_ms else {}
+    return {name: round(value, 3) for name, value in (stages_ms | queue | {"total": total_ms}).items()}
+
+
+def _json(body: BaseModel) -> Response:
+    return Response(body.model_dump_json(), media_type="application/json")

@@ -1,0 +1,251 @@
+"""A real Tune run over a small data set: what fails is reported, the rest is measured, written and chosen from."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+
+from elasticrec.artifact.bundle import open_bundle, verify_bundle, write_bundle
+from elasticrec.cli.local_cluster import LocalClusterConfig, local_cluster
+from elasticrec.compression.measure import MeasureConfig
+from elasticrec.compression.quantize import BFloat16Table, Float32, Int8Table
+from elasticrec.compression.sweep import SweepConfig, SweepResult, calibrate, sweep
+from elasticrec.data.sequences import Sequences, write_store
+from elasticrec.errors import BundleError, ConfigError
+from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.network import Network, NetworkConfig
+
+N_USERS, N_ITEMS, EVENTS = 60, 300, 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unknown:
+    """A recipe that nothing compresses by: its trial raises."""
+
+    kind: ClassVar[str] = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deadly:
+    """A recipe that ends the process of its trial, as the kernel does to one that takes all memory."""
+
+    kind: ClassVar[str] = "deadly"
+    driver: int = 0
+
+    def __setstate__(self, state: Any) -> None:
+        object.__setattr__(self, "driver", state)
+        if os.getpid() != state:
+            os._exit(9)
+
+    def __getstate__(self) -> Any:
+        return self.driver
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """What the module's one sweep left."""
+
+    result: SweepResult
+    told: list[tuple[str, str]]
+    out: Path
+    bundle: str
+    store: Path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    root = tmp_path_factory.mktemp("sweep")
+    items = _items()
+    store = _store(root / "store", items)
+    torch.manual_seed(0)
+    config = NetworkConfig(encoder=EncoderConfig(width=64, blocks=1, max_length=8))
+    network = Network(config, N_ITEMS)
+    bundle = write_bundle(root / "teacher", network, items, name="films", version="1")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+    recipes = (Float32(), Unknown(), BFloat16Table(), Deadly(driver=os.getpid()), Int8Table())
+    told: list[tuple[str, str]] = []
+    with local_cluster(LocalClusterConfig(num_cpus=2)) as cluster, pytest.MonkeyPatch.context() as patch:
+        for key, value in cluster.env.items():
+            patch.setenv(key, value)
+        ray.init(address=cluster.address, log_to_driver=False)
+        try:
+            result = sweep(
+                SweepConfig(
+                    recipes=recipes,  # type: ignore[arg-type]
+                    budget="ndcg@10>=0.5*teacher",
+                    measure=MeasureConfig(rounds=30, warmup_rounds=3),
+                ),
+                bundle.uri,
+                store,
+                root / "out",
+                progress=lambda recipe, status: told.append((recipe, status)),
+            )
+            yield Finished(result=result, told=told, out=root / "out", bundle=bundle.uri, store=store)
+        finally:
+            ray.shutdown()
+
+
+def _items() -> pa.Table:
+    ids = [str(i) for i in range(N_ITEMS)]
+    index = pa.array(range(1, N_ITEMS + 1), pa.int32())
+    columns = {"item_index": index, "item_id": ids, "title": ids, "categories": [["x"]] * N_ITEMS}
+    return pa.table(columns | {"count": [1] * N_ITEMS})
+
+
+def _store(path: Path, items: pa.Table) -> Path:
+    random = np.random.default_rng(0)
+    sequences = Sequences(
+        item_E=np.concatenate([random.permutation(N_ITEMS)[:EVENTS] + 1 for _ in range(N_USERS)]).astype(np.int32),
+        offset_U1=np.arange(0, N_USERS * EVENTS + 1, EVENTS, dtype=np.int64),
+    )
+    users = pa.table({"user_index": range(N_USERS), "user_id": [str(u) for u in range(N_USERS)]})
+    return write_store(path, sequences, users, items, command="test").path
+
+
+def _rows(finished: Finished) -> dict[str, dict[str, Any]]:
+    return {row["recipe"]: row for row in finished.result.rows}
+
+
+def test_every_recipe_has_a_row_in_its_order(finished: Finished) -> None:
+    assert [(row["recipe"].partition("-")[0], row["status"]) for row in finished.result.rows] == [
+        ("float32", "done"),
+        ("unknown", "failed"),
+        ("bfloat16_table", "done"),
+        ("deadly", "failed"),
+        ("int8_table", "done"),
+    ]
+
+
+def test_failures_say_why(finished: Finished) -> None:
+    unknown, deadly = (row for row in finished.result.rows if row["status"] == "failed")
+    assert "no way to compress by Unknown" in unknown["reason"]
+    assert deadly["reason"].startswith("its process died")
+    assert unknown["bundle"] is None
+    assert not (finished.out / "unknown").exists()
+
+
+def test_done_trials_are_whole_bundles_with_lineage(finished: Finished) -> None:
+    for name in ("float32", "bfloat16_table", "int8_table"):
+        row = _rows(finished)[name]
+        assert row["bundle"] == str(finished.out / name)
+        verify_bundle(row["bundle"])
+        manifest = open_bundle(row["bundle"]).manifest
+        assert manifest.recipe == {"kind": name}
+        assert manifest.lineage["parent"] == finished.bundle
+        assert manifest.metrics["ndcg@10"] == row["ndcg@10"]
+
+
+def test_rows_hold_sizes_times_and_quality(finished: Finished) -> None:
+    rows = _rows(finished)
+    for name in ("float32", "bfloat16_table", "int8_table"):
+        row = rows[name]
+        assert row["bytes"] == sum(file.stat().st_size for file in (finished.out / name).iterdir())
+        assert 0 < row["p50_ms"] <= row["p99_ms"]
+        assert 0 < row["p50_ms_b32"] <= row["p99_ms_b32"]
+        assert {"speedup_b1", "speedup_b32", "users_per_s", "users_per_s_b32"} <= set(row)
+        assert 0 <= row["ndcg@10"] <= row["hr@10"] <= 1
+        assert 0 < row["ndcg@10_se"] < 0.1
+    table_bytes = 4 * 64 * (N_ITEMS + 1)
+    for key in ("weights_bytes", "resident_bytes"):
+        assert rows["float32"][key] - rows["bfloat16_table"][key] == pytest.approx(0.5 * table_bytes, rel=0.1)
+        assert rows["float32"][key] - rows["int8_table"][key] == pytest.approx(0.73 * table_bytes, rel=0.1)
+
+
+def test_times_are_on_one_scale(finished: Finished) -> None:
+    rows = [row for row in finished.result.rows if row["status"] == "done"]
+    for suffix, batch in (("", 1), ("_b32", 32)):
+        quickest_ms = min(row[f"teacher_p50_ms{suffix}"] for row in [finished.result.teacher, *rows])
+        for row in rows:
+            assert row[f"p50_ms{suffix}"] == pytest.approx(quickest_ms / row[f"speedup_b{batch}"])
+
+
+def test_calibration_by_hand() -> None:
+    """The second trial ran while the machine was half as quick; the third failed."""
+    quick: dict[str, Any] = {"p50_ms": 3.0, "p99_ms": 6.0, "users_per_s": 300.0, "teacher_p50_ms": 4.0}
+    slow: dict[str, Any] = {"p50_ms": 4.0, "p99_ms": 10.0, "users_per_s": 200.0, "teacher_p50_ms": 8.0}
+    calibrate([quick, slow, {"status": "failed"}], MeasureConfig(batches=(1,)))
+    assert quick == {"p50_ms": 3.0, "p99_ms": 6.0, "users_per_s": 300.0, "teacher_p50_ms": 4.0}
+    assert slow == {"p50_ms": 2.0, "p99_ms": 5.0, "users_per_s": 400.0, "teacher_p50_ms": 8.0}
+
+
+def test_full_precision_is_the_teacher(finished: Finished) -> None:
+    row, teacher = _rows(finished)["float32"], finished.result.teacher
+    quality = [name for name in teacher if "@" in name]
+    assert len(quality) > 50
+    assert {name: row[name] for name in quality} == {name: teacher[name] for name in quality}
+
+
+def test_choice_is_the_smallest_by_validation_quality(finished: Finished) -> None:
+    rows, teacher = _rows(finished), finished.result.teacher
+    within = [
+        row
+        for row in rows.values()
+        if row["status"] == "done" and row["validation_ndcg@10"] >= 0.5 * teacher["validation_ndcg@10"]
+    ]
+    expected = min(within, key=lambda row: row["bytes"])
+    assert finished.result.chosen == expected
+    assert [row["recipe"] for row in rows.values() if row["chosen"]] == [expected["recipe"]]
+    assert expected["on_front"]
+
+
+def test_results_are_files(finished: Finished) -> None:
+    table = pq.read_table(finished.out / "trials.parquet").to_pylist()
+    assert [row["recipe"] for row in table] == [row["recipe"] for row in finished.result.rows]
+    assert [row["ndcg@10"] for row in table] == [row.get("ndcg@10") for row in finished.result.rows]
+    summary = json.loads((finished.out / "trials.json").read_text())
+    assert summary["trials"] == finished.result.rows
+    chosen = json.loads((finished.out / "chosen.json").read_text())
+    assert finished.result.chosen is not None
+    assert (chosen["recipe"], chosen["bundle"]) == tuple(finished.result.chosen[key] for key in ("recipe", "bundle"))
+    assert summary["chosen"] == chosen["recipe"]
+
+
+def test_progress_is_told_of_each_trial(finished: Finished) -> None:
+    assert finished.told[0] == ("teacher", "done")
+    assert sorted(finished.told[1:]) == sorted((row["recipe"], row["status"]) for row in finished.result.rows)
+
+
+def test_a_folder_that_holds_something_is_refused(finished: Finished) -> None:
+    with pytest.raises(ConfigError, match="a folder of its own"):
+        sweep(SweepConfig(), finished.bundle, finished.store, finished.out)
+
+
+def test_a_missing_bundle_is_one_error_before_anything_runs(finished: Finished, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="not a bundle"):
+        sweep(SweepConfig(), tmp_path / "none", finished.store, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_impossible_budget_chooses_nothing_and_says_why(finished: Finished, tmp_path: Path) -> None:
+    config = SweepConfig(recipes=(Int8Table(),), budget="bytes<=10", measure=MeasureConfig(rounds=2, warmup_rounds=0))
+    result = sweep(config, finished.bundle, finished.store, tmp_path / "out")
+    assert result.chosen is None
+    assert "none meets bytes<=10; nearest is int8_table" in result.choice.why
+    assert not (tmp_path / "out" / "chosen.json").exists()
+    assert json.loads((tmp_path / "out" / "trials.json").read_text())["why"] == result.choice.why
+
+
+def test_a_budget_on_something_unmeasured_does_not_wait_for_the_trials(finished: Finished, tmp_path: Path) -> None:
+    config = SweepConfig(budget="p90_ms<=5", measure=MeasureConfig(rounds=2, warmup_rounds=0))
+    with pytest.raises(ConfigError, match="'p90_ms' was not measured; did you mean 'p99_ms'"):
+        sweep(config, finished.bundle, finished.store, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_recipes_are_distinct() -> None:
+    with pytest.raises(ConfigError, match="'int8_table' is there twice"):
+        SweepConfig(recipes=(Int8Table(), Int8Table()))
+    with pytest.raises(ConfigError, match="at least one recipe"):
+        SweepConfig(recipes=())
+    with pytest.raises(ConfigError, match="cannot be read"):
+        SweepConfig(budget="small")

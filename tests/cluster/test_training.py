@@ -1,0 +1,225 @@
+"""Elastic training on real nodes: workers, nodes, drivers and checkpoints are lost, samples are not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from elasticrec.artifact.bundle import verify_bundle
+from elasticrec.cli.local_cluster import LocalCluster, LocalClusterConfig, local_cluster
+from elasticrec.config import load, to_mapping
+from elasticrec.data.plan import Plan
+from elasticrec.data.sequences import Sequences, Store, open_store, write_store
+from elasticrec.data.split import split
+from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.network import NetworkConfig
+from elasticrec.training.journal import STEPS, read
+from elasticrec.training.loop import LocalHost, Loop
+from elasticrec.training.run import CheckpointConfig, ElasticConfig, RunConfig, ValidationConfig
+
+pytestmark = pytest.mark.timeout(600)
+N_USERS, N_ITEMS = 400, 300
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Users that walk through the items in strides of their own."""
+    import pyarrow as pa
+
+    generator = np.random.default_rng(0)
+    length_U = generator.integers(3, 60, N_USERS)
+    walks = [(generator.integers(N_ITEMS) + generator.integers(1, 4) * np.arange(n)) % N_ITEMS + 1 for n in length_U]
+    sequences = Sequences(
+        item_E=np.concatenate(walks).astype(np.int32), offset_U1=np.concatenate([[0], np.cumsum(length_U)])
+    )
+    users = pa.table({"user_index": np.arange(N_USERS), "user_id": [f"u{user}" for user in range(N_USERS)]})
+    items = pa.table(
+        {
+            "item_index": np.arange(1, N_ITEMS + 1),
+            "item_id": [f"i{item}" for item in range(1, N_ITEMS + 1)],
+            "title": [f"Item {item}" for item in range(1, N_ITEMS + 1)],
+            "categories": [["walk"]] * N_ITEMS,
+            "count": np.bincount(sequences.item_E, minlength=N_ITEMS + 1)[1:],
+        }
+    )
+    path = tmp_path_factory.mktemp("walks") / "store"
+    write_store(path, sequences, users, items, command="test")
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with local_cluster(LocalClusterConfig(num_cpus=2, train_slots=2)) as running:
+        yield running
+
+
+def run_config(data: Path, storage: Path, name: str, epochs: int) -> RunConfig:
+    """Without dropout, so that the curve does not depend on how a step was cut; a checkpoint every other second."""
+    encoder = EncoderConfig(width=32, blocks=1, max_length=40, dropout=0.0)
+    return RunConfig(
+        name=name,
+        data=data,
+        storage=storage,
+        epochs=epochs,
+        network=NetworkConfig(encoder=encoder),
+        validation=ValidationConfig(every_epochs=20, patience=1000),
+        checkpoint=CheckpointConfig(interval_s=2.0),
+        elastic=ElasticConfig(resize_check_s=3.0),
+    )
+
+
+class Training:
+    """`elasticrec train` as a child process, as a user starts it."""
+
+    def __init__(self, run: RunConfig, cluster: LocalCluster) -> None:
+        self.run = run
+        run.storage.mkdir(parents=True, exist_ok=True)
+        self._log = run.storage / f"{run.name}.log"
+        config = run.storage / f"{run.name}.yaml"
+        config.write_text(yaml.safe_dump(to_mapping(run)))
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "elasticrec.cli", "train", "--config", str(config)],
+                env=cluster.env,
+                stdout=log,
+                stderr=log,
+            )
+
+    def steps(self) -> list[dict[str, Any]]:
+        return read(self.run.folder / STEPS)
+
+    def wait_for(self, reached: Callable[[], bool], timeout_s: float = 120) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not reached():
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline_s, self.log()
+            time.sleep(0.1)
+
+    def finish(self, timeout_s: float = 240) -> None:
+        assert self.process.wait(timeout_s) == 0, self.log()
+
+    def log(self) -> str:
+        return self._log.read_text()[-4000:]
+
+    def checkpoints(self) -> list[Path]:
+        return sorted(state.parent for state in self.run.folder.glob("checkpoint_*/state.json"))
+
+    def saved_step(self) -> int:
+        """Where the newest checkpoint stands; -1 without any, or when it was just replaced by a newer one."""
+        try:
+            return int(json.loads((self.checkpoints()[-1] / "state.json").read_text())["step"])
+        except (IndexError, FileNotFoundError):
+            return -1
+
+
+def train_workers(cluster: LocalCluster) -> set[int]:
+    """Process ids of the workers that train now."""
+
+    def title(pid: int) -> str:
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            return ""
+
+    return {pid for pid in cluster.processes() if title(pid).startswith("ray::RayTrainWorker")}
+
+
+def assert_every_sample_once(training: Training, store: Store) -> None:
+    """The workers' own counts of every step against the plan."""
+    run = training.run
+    plan = Plan(run.plan, store.sequences, split(run.split, store.sequences), run.network.encoder.max_length)
+    lines = training.steps()
+    assert [line["step"] for line in lines] == list(range(run.epochs * plan.steps_per_epoch))
+    for line in lines:
+        users = plan.users(line["step"])
+        keys = [(user + 1) * 2654435761 % 2**32 for user in users.tolist()]
+        assert (line["samples"], line["sample_key"]) == (len(users), sum(keys))
+    samples = sum(line["samples"] for line in lines)
+    assert samples == run.epochs * plan.samples_per_epoch
+
+
+def assert_same_curve(training: Training, store: Store, tmp_path: Path) -> None:
+    """Equal to a run of one process that nothing happened to."""
+    run = replace(training.run, storage=tmp_path, name="undisturbed")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    Loop(run, store, LocalHost(run.folder)).train()
+    torch.set_num_threads(threads)
+    undisturbed = [line["loss"] for line in read(run.folder / STEPS)]
+    np.testing.assert_allclose([line["loss"] for line in training.steps()], undisturbed, rtol=2e-3)
+
+
+def test_a_killed_worker_costs_no_sample(cluster: LocalCluster, data: Path, tmp_path: Path) -> None:
+    training = Training(run_config(data, tmp_path / "runs", "worker", epochs=120), cluster)
+    training.wait_for(lambda: len(training.checkpoints()) > 0 and len(training.steps()) > 0)
+    before = train_workers(cluster)
+    assert len(before) == 2
+    os.kill(min(before), signal.SIGKILL)
+    training.wait_for(lambda: len(train_workers(cluster) - before) == 2)
+    training.finish()
+    assert_every_sample_once(training, open_store(data))
+    assert_same_curve(training, open_store(data), tmp_path)
+    verify_bundle(training.run.folder / "bundle")
+
+
+def test_the_same_command_goes_on_after_the_driver_died(cluster: LocalCluster, data: Path, tmp_path: Path) -> None:
+    run = run_config(data, tmp_path / "runs", "driver", epochs=60)
+    first = Training(run, cluster)
+    first.wait_for(lambda: len(first.checkpoints()) > 0 and len(first.steps()) > 0)
+    first.process.kill()
+    first.process.wait()
+    assert 0 < first.saved_step() < 60 * 4
+    second = Training(run, cluster)
+    second.finish()
+    assert_every_sample_once(second, open_store(data))
+
+    # And with its newest checkpoint torn, the one before it serves.
+    newest = second.checkpoints()[-1] / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    third = Training(run, cluster)
+    third.finish()
+    assert_every_sample_once(third, open_store(data))
+    assert third.saved_step() == 60 * 4
+
+    # Another plan under the same name is refused before anything starts.
+    fourth = Training(replace(run, epochs=61), cluster)
+    assert fourth.process.wait(60) == 2
+    assert "give this run another name" in fourth.log()
+
+
+def test_a_node_that_joins_and_dies_costs_no_sample(data: Path, tmp_path: Path) -> None:
+    with local_cluster(LocalClusterConfig(num_cpus=1, train_slots=1)) as cluster:
+        training = Training(run_config(data, tmp_path / "runs", "node", epochs=400), cluster)
+        training.wait_for(lambda: len(training.steps()) > 0)
+        node = cluster.add_node(num_cpus=1, train_slots=1)
+        training.wait_for(lambda: training.steps()[-1]["workers"] == 2)
+        joined = training.steps()[-1]["step"]
+        training.wait_for(lambda: training.saved_step() > joined)
+        cluster.remove_node(node)
+        training.wait_for(lambda: training.steps()[-1]["workers"] == 1)
+        training.finish()
+    assert {line["workers"] for line in training.steps()} == {1, 2}
+    assert_every_sample_once(training, open_store(data))
+    assert_same_curve(training, open_store(data), tmp_path)
+
+
+def test_a_cluster_without_slots_is_told_so(data: Path, tmp_path: Path) -> None:
+    with local_cluster(LocalClusterConfig(num_cpus=1, train_slots=0)) as cluster:
+        training = Training(run_config(data, tmp_path / "runs", "slots", epochs=1), cluster)
+        assert training.process.wait(60) == 2
+    assert "--resources" in training.log()
+
+
+def test_the_config_of_the_docs_is_valid() -> None:
+    load(RunConfig, Path(__file__).resolve().parents[2] / "configs" / "ml-100k.yaml")

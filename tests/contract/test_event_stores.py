@@ -1,0 +1,239 @@
+"""What every event store keeps to. A new store joins by one entry of STORES."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from elasticrec.data.sequences import Sequences, write_store
+from elasticrec.errors import InputError
+from elasticrec.serving.events import (
+    EventStore,
+    EventStoreError,
+    SeedConfig,
+    SqliteConfig,
+    SqliteEventStore,
+    StoredEvent,
+    seed_from,
+)
+
+
+def open_sqlite(folder: Path) -> EventStore:
+    return SqliteEventStore(SqliteConfig(path=folder / "events.sqlite"))
+
+
+STORES: dict[str, Callable[[Path], EventStore]] = {"sqlite": open_sqlite}
+
+# How another process opens the same store; it is given the folder.
+ELSEWHERE = {
+    "sqlite": "SqliteEventStore(SqliteConfig(path=Path(sys.argv[1]) / 'events.sqlite'))",
+}
+
+
+@pytest.fixture(params=STORES)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def store(kind: str, tmp_path: Path) -> Iterator[EventStore]:
+    opened = STORES[kind](tmp_path)
+    yield opened
+    opened.close()
+
+
+def event(user: str, item: str, timestamp: int = 7) -> StoredEvent:
+    return StoredEvent(user_id=user, item_id=item, timestamp=timestamp, event_type="click")
+
+
+def child(kind: str, folder: Path, code: str) -> subprocess.Popen[str]:
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom elasticrec.serving.events import *\n"
+        f"store = {ELSEWHERE[kind]}\n" + textwrap.dedent(code)
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    )
+
+
+def test_nobody_has_a_history_at_first(store: EventStore) -> None:
+    assert store.history("ann", 10) == []
+    assert store.seen("ann") == set()
+
+
+def test_history_is_in_order_of_arrival_whatever_the_times_say(store: EventStore) -> None:
+    store.append([event("ann", "a", 30), event("bob", "x"), event("ann", "b", 10)])
+    store.append([event("ann", "a", 20)])
+    assert store.history("ann", 10) == ["a", "b", "a"]
+    assert store.seen("ann") == {"a", "b"}
+    assert store.history("bob", 10) == ["x"]
+
+
+def test_history_gives_the_newest_of_a_long_one_and_seen_all(store: EventStore) -> None:
+    store.append([event("ann", str(number)) for number in range(100)])
+    assert store.history("ann", 3) == ["97", "98", "99"]
+    assert len(store.seen("ann")) == 100
+
+
+@pytest.mark.parametrize("text", ["", "'; DROP TABLE events; --", "a\x00b", "日本語", "x" * 256])
+def test_any_text_is_an_id(store: EventStore, text: str) -> None:
+    store.append([event(text, text)])
+    assert store.history(text, 5) == [text]
+    assert store.history(text + "!", 5) == []
+
+
+def test_events_of_one_call_are_kept_all_or_none(store: EventStore) -> None:
+    bad = StoredEvent(user_id="ann", item_id=None, timestamp=7)  # type: ignore[arg-type]
+    with pytest.raises(EventStoreError):
+        store.append([event("ann", "a"), bad])
+    assert store.history("ann", 10) == []
+    store.append([event("ann", "b")])  # and the store still works
+    assert store.history("ann", 10) == ["b"]
+
+
+def test_a_store_keeps_its_events_when_it_is_closed(kind: str, tmp_path: Path) -> None:
+    first = STORES[kind](tmp_path)
+    first.append([event("ann", "a")])
+    first.close()
+    second = STORES[kind](tmp_path)
+    assert second.history("ann", 10) == ["a"]
+    second.close()
+
+
+def test_threads_lose_nothing(store: EventStore) -> None:
+    def write(user: str) -> None:
+        for number in range(20):
+            store.append([event(user, str(number))])
+            assert store.history(user, 1) == [str(number)]
+
+    threads = [threading.Thread(target=write, args=(f"user {number}",)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(4):
+        assert store.history(f"user {number}", 100) == [str(item) for item in range(20)]
+
+
+def test_another_process_sees_an_event_at_once(kind: str, store: EventStore, tmp_path: Path) -> None:
+    reader = child(kind, tmp_path, "for line in sys.stdin: print(store.history('ann', 1)[0], flush=True)")
+    assert reader.stdin is not None
+    assert reader.stdout is not None
+    for number in range(5):
+        store.append([event("ann", str(number))])
+        reader.stdin.write("look\n")
+        reader.stdin.flush()
+        assert reader.stdout.readline() == f"{number}\n"
+    reader.communicate(timeout=20)
+    assert reader.returncode == 0
+
+
+def test_processes_that_start_and_write_at_once_lose_nothing(kind: str, tmp_path: Path) -> None:
+    code = """
+    for number in range(30):
+        store.append([StoredEvent(user_id=f"user {sys.stdin.fileno()}", item_id=str(number), timestamp=1),
+                      StoredEvent(user_id="all", item_id=str(number), timestamp=1)])
+    """
+    writers = [child(kind, tmp_path, code) for _ in range(3)]
+    for writer in writers:
+        writer.communicate(timeout=60)
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    store = STORES[kind](tmp_path)
+    assert len(store.history("all", 1_000)) == 90
+    store.close()
+
+
+def test_an_acknowledged_event_survives_sigkill(kind: str, tmp_path: Path) -> None:
+    code = """
+    number = 0
+    while True:
+        store.append([StoredEvent(user_id="ann", item_id=str(number), timestamp=1)])
+        print(number, flush=True)  # the acknowledgement
+        number += 1
+    """
+    writer = child(kind, tmp_path, code)
+    assert writer.stdout is not None
+    acknowledged = [writer.stdout.readline() for _ in range(25)]
+    os.kill(writer.pid, signal.SIGKILL)
+    acknowledged += writer.stdout.readlines()
+    assert writer.wait(timeout=20) == -signal.SIGKILL
+    writer.stdout.close()
+    assert writer.stdin is not None
+    writer.stdin.close()
+    store = STORES[kind](tmp_path)
+    kept = store.history("ann", 1_000_000)
+    assert kept[: len(acknowledged)] == [line.strip() for line in acknowledged]
+    assert len(kept) - len(acknowledged) in (0, 1)  # one may have been written and not yet been told
+    store.close()
+
+
+def prepared_data(folder: Path) -> Path:
+    sequences = Sequences(
+        item_E=np.array([2, 1, 3, 3], dtype=np.int32),
+        offset_U1=np.array([0, 3, 3, 4], dtype=np.int64),
+        time_E=np.array([5, 6, 7, 8], dtype=np.int64),
+    )
+    users = pa.table({"user_index": [0, 1, 2], "user_id": ["ann", "bob", "eve"]})
+    items = pa.table({
+        "item_index": [1, 2, 3], "item_id": ["a", "b", "c"], "title": ["A", "B", "C"],
+        "categories": [[], [], []], "count": [1, 1, 2],
+    })  # fmt: skip
+    return write_store(folder / "data", sequences, users, items, command="test").path
+
+
+def test_known_users_start_with_the_history_of_the_data(store: EventStore, tmp_path: Path) -> None:
+    data = prepared_data(tmp_path)
+    assert seed_from(store, SeedConfig(data=data, batch_events=2)) == 4
+    assert store.history("ann", 10) == ["b", "a", "c"]
+    assert store.history("bob", 10) == []
+    assert store.history("eve", 10) == ["c"]
+
+
+def test_data_is_loaded_once_and_live_events_stay_behind_it(store: EventStore, tmp_path: Path) -> None:
+    data = prepared_data(tmp_path)
+    seed_from(store, SeedConfig(data=data))
+    store.append([event("ann", "z")])
+    assert seed_from(store, SeedConfig(data=data)) == 0
+    assert store.history("ann", 10) == ["b", "a", "c", "z"]
+
+
+def test_a_seed_that_breaks_leaves_nothing(store: EventStore) -> None:
+    def broken() -> Iterator[StoredEvent]:
+        yield event("ann", "a")
+        raise InputError("the data set is damaged")
+
+    with pytest.raises(InputError, match="damaged"):
+        store.seed("data set", broken())
+    assert store.history("ann", 10) == []
+    assert store.seed("data set", [event("ann", "b")]) == 1
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "events.sqlite"
+    path.write_text("these are no events, but a text of some length that SQLite cannot take for its own\n" * 20)
+    with pytest.raises(EventStoreError, match=r"events\.sqlite.*not a database"):
+        SqliteEventStore(SqliteConfig(path=path))
+
+
+def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    store = SqliteEventStore(SqliteConfig(path=tmp_path / "events.sqlite"))
+    store._writer.execute("PRAGMA user_version = 9")
+    store.close()
+    with pytest.raises(EventStoreError, match="schema 9, this version reads 1"):
+        SqliteEventStore(SqliteConfig(path=tmp_path / "events.sqlite"))
+
+
+def test_each_commit_is_synced_to_disk(tmp_path: Path) -> None:
+    """A power cut cannot be tried here; that SQLite was told to sync at each commit can be read."""
+    store = SqliteEventStore(SqliteConfig(path=tmp_path / "events.sqlite"))
+    assert store._writer.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    assert store._writer.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    store.close()

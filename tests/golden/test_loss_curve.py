@@ -1,0 +1,258 @@
+"""The loss curve of a small run, against numbers that were written down; and interrupted runs against undisturbed ones.
+
+A change of model, loss, plan, optimizer or random numbers moves the curve. Where that is meant, write it down anew and
+say in the commit why it moved:  python tests/golden/test_loss_curve.py
+The curve with dropout is that of torch's builds for x86, whose random bits on a CPU come from MKL.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from elasticrec.columns import COUNT, ITEM, ITEM_INDEX, USER, USER_INDEX
+from elasticrec.data.plan import PlanConfig
+from elasticrec.data.sequences import Sequences, Store, write_store
+from elasticrec.errors import CheckpointError, TrainingError
+from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.network import NetworkConfig
+from elasticrec.training.checkpoint import STATE, TENSORS, read_tensors
+from elasticrec.training.journal import EPOCHS, STEPS, read
+from elasticrec.training.loop import LocalHost, Loop
+from elasticrec.training.optimizer import OptimizerConfig
+from elasticrec.training.run import CheckpointConfig, RunConfig, ValidationConfig
+
+GOLDEN = Path(__file__).with_suffix(".json")
+DROPOUTS = {"dropout 0": 0.0, "dropout 0.2": 0.2}
+N_USERS, N_ITEMS, STEPS_PER_EPOCH, EPOCHS_PER_RUN = 60, 40, 4, 5
+TOTAL_STEPS = STEPS_PER_EPOCH * EPOCHS_PER_RUN
+KEPT = ("step", "epoch", "loss", "tokens", "samples", "sample_key", "learning_rate")  # the rest is time and place
+
+
+def make_store(folder: Path) -> Store:
+    """Users who walk through the items in strides of 1 to 3; integers alone, so that it is the same everywhere."""
+    length_U = 4 + np.arange(N_USERS) * 7 % 13
+    walks = [(user * 11 + (user % 3 + 1) * np.arange(n)) % N_ITEMS + 1 for user, n in enumerate(length_U)]
+    sequences = Sequences(
+        item_E=np.concatenate(walks).astype(np.int32), offset_U1=np.concatenate([[0], np.cumsum(length_U)])
+    )
+    index_I = np.arange(1, N_ITEMS + 1)
+    users = pa.table({USER_INDEX: np.arange(N_USERS), USER: [f"u{user}" for user in range(N_USERS)]})
+    count_I = np.bincount(sequences.item_E, minlength=N_ITEMS + 1)[1:]
+    items = pa.table({ITEM_INDEX: index_I, ITEM: [f"i{item}" for item in index_I], COUNT: count_I})
+    return write_store(folder, sequences, users, items, command="test")
+
+
+def config(storage: Path, dropout: float) -> RunConfig:
+    """20 steps of 16 users, 15 of them in the last of an epoch's 4; a checkpoint after every step."""
+    encoder = EncoderConfig(width=16, blocks=2, max_length=8, dropout=dropout)
+    return RunConfig(
+        name="run",
+        storage=storage,
+        epochs=EPOCHS_PER_RUN,
+        network=NetworkConfig(encoder=encoder),
+        plan=PlanConfig(batch_users=16, shards=4, seed=3),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5, ema_decay=0.9),
+        validation=ValidationConfig(every_epochs=1),
+        checkpoint=CheckpointConfig(interval_s=0),
+    )
+
+
+def train(run: RunConfig, store: Store) -> Loop:
+    loop = Loop(run, store, LocalHost(run.folder))
+    loop.train()
+    return loop
+
+
+def curve(run: RunConfig) -> list[dict[str, Any]]:
+    return [{key: line[key] for key in KEPT} for line in read(run.folder / STEPS)]
+
+
+def write_golden(storage: Path) -> None:
+    """Writes down the curves that this code gives."""
+    torch.set_num_threads(1)
+    store, curves = make_store(storage / "store"), {}
+    for name, dropout in DROPOUTS.items():
+        run = config(storage / name, dropout)
+        train(run, store)
+        curves[name] = {"loss": [line["loss"] for line in curve(run)], "validation": validations(run)}
+    GOLDEN.write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
+
+
+def validations(run: RunConfig) -> list[float]:
+    return [line["ndcg@10"] for line in read(run.folder / EPOCHS)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("golden") / "store")
+
+
+@pytest.fixture(scope="module", params=DROPOUTS)
+def undisturbed(request: pytest.FixtureRequest, store: Store, tmp_path_factory: pytest.TempPathFactory) -> Loop:
+    return train(config(tmp_path_factory.mktemp("undisturbed"), DROPOUTS[request.param]), store)
+
+
+class Killed(BaseException):
+    """What ends a run from outside."""
+
+
+class DyingHost(LocalHost):
+    """Dies when it is asked to save step `at`: before the checkpoint is written, or in the midst of it."""
+
+    def __init__(self, folder: Path, at: int, torn: bool = False) -> None:
+        super().__init__(folder)
+        self._at, self._torn = at, torn
+
+    def report(self, metrics: dict[str, Any], write: Callable[[Path], None] | None) -> None:
+        if write is not None and metrics["step"] == self._at:
+            if self._torn:
+                super().report(metrics, write)
+                newest = next(iter(self.checkpoints()))
+                (newest / TENSORS).write_bytes((newest / TENSORS).read_bytes()[:-100])
+            raise Killed
+        super().report(metrics, write)
+
+
+def interrupted(undisturbed: Loop, storage: Path, deaths: list[tuple[int, bool]]) -> Loop:
+    """The same run, killed at each of `deaths`, resumed each time by a new loop, and ended."""
+    run = dataclasses.replace(undisturbed.run, storage=storage)
+    for at, torn in deaths:
+        loop = Loop(run, undisturbed.store, DyingHost(run.folder, at, torn))
+        with pytest.raises(Killed):
+            loop.train()
+        assert loop.step == at
+    return train(run, undisturbed.store)
+
+
+def test_the_curve_is_the_one_written_down(undisturbed: Loop) -> None:
+    name = next(name for name, value in DROPOUTS.items() if value == undisturbed.run.network.encoder.dropout)
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[name]
+    assert len(golden["loss"]) == TOTAL_STEPS
+    assert [line["loss"] for line in curve(undisturbed.run)] == pytest.approx(golden["loss"], rel=1e-4)
+    # A rank may flip by the last bit of a score: one of 60 answers moves by one place.
+    assert validations(undisturbed.run) == pytest.approx(golden["validation"], abs=0.01)
+
+
+def test_it_learns(undisturbed: Loop) -> None:
+    losses = [line["loss"] for line in curve(undisturbed.run)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert undisturbed.best.value > 0.1
+
+
+def test_every_step_and_every_sample_is_counted_once(undisturbed: Loop) -> None:
+    lines = curve(undisturbed.run)
+    assert [line["step"] for line in lines] == list(range(TOTAL_STEPS))
+    assert [line["epoch"] for line in lines] == [step // STEPS_PER_EPOCH for step in range(TOTAL_STEPS)]
+    for epoch in range(EPOCHS_PER_RUN):
+        of_epoch = [line for line in lines if line["epoch"] == epoch]
+        assert sum(line["samples"] for line in of_epoch) == undisturbed.plan.samples_per_epoch
+        keys = [int((user + 1) * 2654435761 % 2**32) for user in range(N_USERS)]
+        assert sum(line["sample_key"] for line in of_epoch) == sum(keys)
+
+
+@pytest.mark.parametrize(
+    "deaths",
+    [
+        [(7, False)],  # in the midst of an epoch
+        [(8, False)],  # after an epoch's validation, before its checkpoint
+        [(1, False)],  # before there is any checkpoint
+        [(TOTAL_STEPS, False)],  # everything is done but the last checkpoint
+        [(10, True)],  # the newest checkpoint is torn: the one before is taken
+        [(3, False), (3, False), (9, True), (16, False)],
+    ],
+    ids=str,
+)
+def test_an_interrupted_run_is_bit_for_bit_the_undisturbed_one(
+    undisturbed: Loop, tmp_path: Path, deaths: list[tuple[int, bool]]
+) -> None:
+    resumed = interrupted(undisturbed, tmp_path, deaths)
+    assert curve(resumed.run) == curve(undisturbed.run)
+    assert read(resumed.run.folder / EPOCHS) == read(undisturbed.run.folder / EPOCHS)
+    assert (resumed.best, resumed.history) == (undisturbed.best, undisturbed.history)
+    assert_same_state(resumed, undisturbed)
+
+
+def assert_same_state(one: Loop, other: Loop) -> None:
+    """In memory and in the last checkpoint: network, averages, best weights, optimizer."""
+    newest = [read_tensors(next(iter(loop.host.checkpoints()))) for loop in (one, other)]
+    for own, expected in ((one._state(), other._state()), newest):
+        assert own.keys() == expected.keys()
+        assert {name.split(".")[0] for name in own} == {"network", "averaged", "best", "optimizer"}
+        for name in own:
+            assert torch.equal(own[name], expected[name]), name
+
+
+def test_a_finished_run_is_not_trained_again(undisturbed: Loop) -> None:
+    before = undisturbed._state()
+    again = Loop(undisturbed.run, undisturbed.store, undisturbed.host)
+    again.train()
+    assert again.step == TOTAL_STEPS
+    assert len(read(undisturbed.run.folder / STEPS)) == TOTAL_STEPS
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again._state().items())
+
+
+def test_two_checkpoints_are_kept(undisturbed: Loop) -> None:
+    steps = [int(path.name) for path in undisturbed.host.checkpoints()]
+    assert steps == [TOTAL_STEPS, TOTAL_STEPS - 1]
+
+
+def test_training_stops_when_validation_no_longer_improves(store: Store, tmp_path: Path) -> None:
+    run = config(tmp_path, 0.0)
+    still = dataclasses.replace(run.optimizer, learning_rate=1e-30)
+    run = dataclasses.replace(run, optimizer=still, validation=ValidationConfig(every_epochs=1, patience=2))
+    loop = train(run, store)
+    assert (loop.best.epoch, loop.best.stale, loop.step) == (1, 2, 3 * STEPS_PER_EPOCH)
+
+
+def test_a_checkpoint_of_another_data_set_is_refused(undisturbed: Loop, tmp_path: Path) -> None:
+    """The same sizes throughout, and other items."""
+    sequences = undisturbed.store.sequences
+    other = dataclasses.replace(sequences, item_E=sequences.item_E[::-1].copy())
+    store = write_store(tmp_path / "store", other, undisturbed.store.users(), undisturbed.store.items(), command="test")
+    with pytest.raises(CheckpointError, match="was made with another plan or data set"):
+        train(undisturbed.run, store)
+
+
+def test_a_checkpoint_of_another_plan_is_refused(undisturbed: Loop) -> None:
+    plan = dataclasses.replace(undisturbed.run.plan, seed=4)
+    with pytest.raises(CheckpointError, match="was made with another plan or data set"):
+        train(dataclasses.replace(undisturbed.run, plan=plan), undisturbed.store)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_so(store: Store, tmp_path: Path) -> None:
+    run = config(tmp_path, 0.0)
+    loop = train(run, store)
+    for folder in loop.host.checkpoints():
+        (folder / STATE).write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        train(run, store)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_way_out(store: Store, tmp_path: Path) -> None:
+    loop = Loop(config(tmp_path, 0.0), store, LocalHost(tmp_path / "run"))
+    with torch.no_grad():
+        loop.network.head.log_scale.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"the loss is not finite at step 0 \(first users of the batch: \[.*lower"):
+        loop.train()
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        write_golden(Path(scratch))

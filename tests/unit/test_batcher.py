@@ -1,0 +1,109 @@
+"""The batcher: nobody waits for company, nobody is lost, and a batch fails together."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from elasticrec.serving.batcher import Batcher
+
+
+class Worker:
+    """Doubles numbers, one batch at a time, each when it is let go."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.go = asyncio.Semaphore(0)
+        self.running = 0
+        self.most_running = 0
+
+    async def run(self, numbers: Sequence[int]) -> list[int]:
+        self.batches.append(list(numbers))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        await self.go.acquire()
+        self.running -= 1
+        if 13 in numbers:
+            raise ValueError("13")
+        return [2 * number for number in numbers]
+
+
+async def submit_all(batcher: Batcher[int, int], numbers: Sequence[int]) -> list["asyncio.Task[int]"]:
+    tasks = [asyncio.create_task(batcher.submit(number)) for number in numbers]
+    await asyncio.sleep(0.01)
+    return tasks
+
+
+def test_what_arrives_while_the_worker_is_busy_goes_together() -> None:
+    async def scenario() -> None:
+        worker = Worker()
+        batcher = Batcher(worker.run, max_batch=3)
+        first = await submit_all(batcher, [1])
+        rest = await submit_all(batcher, [2, 3, 4, 5])
+        assert worker.batches == [[1]]  # it started at once, alone
+        for _ in range(3):
+            worker.go.release()
+        assert await asyncio.gather(*first, *rest) == [2, 4, 6, 8, 10]
+        assert worker.batches == [[1], [2, 3, 4], [5]]
+        assert worker.most_running == 1
+
+    asyncio.run(scenario())
+
+
+def test_as_many_batches_run_as_are_allowed() -> None:
+    async def scenario() -> None:
+        worker = Worker()
+        batcher = Batcher(worker.run, max_batch=1, in_flight=2)
+        tasks = await submit_all(batcher, [1, 2, 3])
+        assert worker.batches == [[1], [2]]
+        for _ in range(3):
+            worker.go.release()
+        assert await asyncio.gather(*tasks) == [2, 4, 6]
+        assert worker.most_running == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_batch_fails_its_own_calls_and_no_others() -> None:
+    async def scenario() -> None:
+        worker = Worker()
+        batcher = Batcher(worker.run, max_batch=2)
+        (good,) = await submit_all(batcher, [1])
+        bad = await submit_all(batcher, [13, 2])
+        later = await submit_all(batcher, [4])
+        for _ in range(3):
+            worker.go.release()
+        assert await good == 2
+        for task in bad:
+            with pytest.raises(ValueError, match="13"):
+                await task
+        assert await later[0] == 8
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_that_left_is_not_worked_for() -> None:
+    async def scenario() -> None:
+        worker = Worker()
+        batcher = Batcher(worker.run, max_batch=5)
+        tasks = await submit_all(batcher, [1]) + await submit_all(batcher, [2, 3])
+        tasks[1].cancel()
+        tasks[0].cancel()  # already in the worker: its answer goes nowhere
+        await asyncio.sleep(0.01)
+        worker.go.release()
+        worker.go.release()
+        assert await tasks[2] == 6
+        assert worker.batches == [[1], [3]]
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_answers_too_few_is_an_error_and_no_hang() -> None:
+    async def too_few(numbers: Sequence[int]) -> list[int]:
+        return [0] * (len(numbers) - 1)
+
+    async def scenario() -> None:
+        with pytest.raises(ValueError, match="shorter"):
+            await asyncio.wait_for(Batcher(too_few, max_batch=2).submit(1), timeout=5)
+
+    asyncio.run(scenario())

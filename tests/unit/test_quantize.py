@@ -1,0 +1,205 @@
+"""Smaller item tables: right, really smaller, and the same in a fresh process."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elasticrec.artifact.bundle import open_bundle, write_bundle
+from elasticrec.compression.measure import MeasureConfig, measure, resident_bytes
+from elasticrec.compression.quantize import BFloat16Table, Float32, Int8Table, Recipe, compress, int8_rows, label
+from elasticrec.config import to_mapping
+from elasticrec.errors import ConfigError
+from elasticrec.model import quantized
+from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.network import Network, NetworkConfig
+from elasticrec.model.quantized import FloatTable, make_table
+from elasticrec.model.quantized import Int8Table as Int8Rows
+
+N_ITEMS = 500
+RECIPES = [Float32(), BFloat16Table(), Int8Table()]
+LARGEST_COSINE_ERROR = {"float32": 1e-6, "bfloat16_table": 4e-3, "int8_table": 1.5e-2}
+
+
+def _network(width: int = 64) -> Network:
+    torch.manual_seed(0)
+    return Network(NetworkConfig(encoder=EncoderConfig(width=width, max_length=8)), N_ITEMS).eval()
+
+
+@pytest.fixture(scope="module")
+def history_BT() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    item_BT = torch.randint(1, N_ITEMS + 1, (33, 8), generator=generator, dtype=torch.int32)
+    item_BT[0, :5] = 0
+    return item_BT
+
+
+SCORE_ELSEWHERE = """
+import sys, torch
+from elasticrec.artifact.bundle import open_bundle
+torch.save(open_bundle(sys.argv[1]).network().scores(torch.load(sys.argv[2])), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=label)
+def test_compress_save_load_elsewhere_scores_the_same(recipe: Recipe, tmp_path: Path, history_BT: Tensor) -> None:
+    network = compress(recipe, _network())
+    ids = [str(i) for i in range(N_ITEMS)]
+    items = pa.table(
+        {
+            "item_index": pa.array(range(1, N_ITEMS + 1), pa.int32()),
+            "item_id": ids,
+            "title": ids,
+            "categories": [["x"]] * N_ITEMS,
+            "count": [1] * N_ITEMS,
+        }
+    )
+    write_bundle(tmp_path / "b", network, items, name="m", version="1", recipe=to_mapping(recipe))
+    torch.save(history_BT, tmp_path / "history.pt")
+    command = [sys.executable, "-c", SCORE_ELSEWHERE, "b", "history.pt", "scores.pt"]
+    subprocess.run(command, check=True, timeout=120, cwd=tmp_path)
+    assert torch.equal(torch.load(tmp_path / "scores.pt"), network.scores(history_BT))
+    assert open_bundle(tmp_path / "b").manifest.recipe == {"kind": recipe.kind}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=label)
+@pytest.mark.parametrize("width", [2, 10, 64, 100])
+def test_scores_stay_near_the_teachers(recipe: Recipe, width: int, history_BT: Tensor) -> None:
+    teacher = _network(width)
+    score_BI = compress(recipe, teacher).scores(history_BT)[:, 1:]
+    scale = teacher.head.log_scale.exp()
+    error = ((score_BI - teacher.scores(history_BT)[:, 1:]) / scale).abs().max()
+    wider = 1 if recipe.kind == "float32" else 8 / width**0.5 + 1  # few entries a row average out less
+    assert error < LARGEST_COSINE_ERROR[recipe.kind] * wider
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_cosine_is_the_query_times_the_directions(
+    precision: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over more rows than one chunk, on a CPU with and without int8 products."""
+    monkeypatch.setattr(quantized, "_multiplies_int8", lambda _: native)
+    generator = torch.Generator().manual_seed(3)
+    row_ID = torch.randn(9001, 48, generator=generator)
+    row_ID[0] = 0
+    weight_ID, scale_I = int8_rows(row_ID)
+    states = {
+        "float32": {"weight_ID": row_ID},
+        "bfloat16": {"weight_ID": row_ID.bfloat16()},
+        "int8": {"weight_ID": weight_ID, "scale_I": scale_I},
+    }
+    table = make_table(precision, 9001, 48).requires_grad_(False)
+    table.load_state_dict(states[precision])
+    query_BD = F.normalize(torch.randn(5, 48, generator=generator), dim=-1)
+    want_BI = query_BD @ table.directions().t()
+    allowed = 5e-3 if native and precision == "int8" else 1e-6
+    assert (table.cosine(query_BD) - want_BI).abs().max() < allowed
+    assert (table.cosine(20 * query_BD) - 20 * want_BI).abs().max() < 25 * allowed
+    assert table.cosine(query_BD)[:, 0].abs().max() == 0
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 10, 16, 63, 64, 128])
+def test_int8_products_are_exact_integers_at_every_batch(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    table = Int8Rows(77, width)
+    integers_ID = torch.randint(-127, 128, (77, width), generator=generator)
+    integers_ID[:, 0] = 127  # no row of zeros
+    table.load_state_dict({"weight_ID": integers_ID.to(torch.int8), "scale_I": torch.ones(77)})
+    query_BD = torch.randint(-127, 128, (32, width), generator=generator)
+    query_BD[:, 0] = 127  # the largest entry, so that rounding the query changes nothing
+    length_I = integers_ID.double().norm(dim=1)
+    want_BI = (query_BD.double() @ integers_ID.double().t() / length_I).float()
+    for batch in (1, 2, 32):
+        got_BI = table.cosine(query_BD[:batch].float())
+        torch.testing.assert_close(got_BI, want_BI[:batch], rtol=1e-5, atol=1e-3)
+
+
+def test_int8_rows_are_off_by_at_most_half_a_step() -> None:
+    row_ID = torch.randn(100, 32, generator=torch.Generator().manual_seed(0))
+    row_ID[7] = 0
+    weight_ID, scale_I = int8_rows(row_ID)
+    assert weight_ID.dtype == torch.int8
+    assert weight_ID.abs().max() == 127
+    assert scale_I[7] == 0
+    assert ((weight_ID * scale_I[:, None] - row_ID).abs() <= scale_I[:, None] * 0.5001).all()
+
+
+@pytest.mark.parametrize(("recipe", "share"), [(BFloat16Table(), 0.53), (Int8Table(), 0.30)], ids=["bf16", "int8"])
+def test_tables_are_smaller_on_disk_and_in_memory_also_after_use(
+    recipe: Recipe, share: float, history_BT: Tensor
+) -> None:
+    teacher = _network()
+    student = compress(recipe, teacher)
+    state = student.encoder.items.state_dict()
+    table_bytes = teacher.encoder.items.weight_ID.nbytes
+    assert sum(tensor.nbytes for tensor in state.values()) <= share * table_bytes
+    student.scores(history_BT)
+    saved = resident_bytes(teacher) - resident_bytes(student)
+    assert saved >= (1 - share - 0.02) * table_bytes  # 0.02: the inverse length of each row
+    assert student.encoder.items.cached_bytes() == 4 * (N_ITEMS + 1)
+
+
+def test_the_teacher_stays_as_it_is(history_BT: Tensor) -> None:
+    teacher = _network()
+    before = copy.deepcopy(teacher.state_dict())
+    compress(Int8Table(), teacher)
+    assert teacher.config.table == "float32"
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+
+
+def test_compressing_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"in int8 already.*lineage\.parent"):
+        compress(BFloat16Table(), compress(Int8Table(), _network()))
+
+
+def test_an_unknown_recipe_names_the_known() -> None:
+    with pytest.raises(ConfigError, match=r"no way to compress by str; known: bfloat16_table, float32, int8_table"):
+        compress("int8", _network())
+
+
+def test_lengths_follow_every_change_of_the_rows() -> None:
+    """The cache must not outlive the rows: neither an in-place change, nor loading, nor an average of weights."""
+    table = FloatTable(5, 4).requires_grad_(False)
+    query_BD = torch.eye(4)[:2]
+    for change in (
+        lambda: table.weight_ID.mul_(3).add_(0.1),
+        lambda: table.load_state_dict({"weight_ID": torch.randn(5, 4)}),
+        lambda: torch._foreach_lerp_([table.weight_ID], [torch.randn(5, 4)], 0.5),
+        lambda: table.load_state_dict({"weight_ID": torch.randn(5, 4)}, assign=True),
+    ):
+        table.cosine(query_BD)
+        change()
+        table.requires_grad_(False)
+        torch.testing.assert_close(table.cosine(query_BD), query_BD @ table.directions().t())
+
+
+def test_cosine_of_a_trained_table_has_gradients() -> None:
+    table = FloatTable(5, 4)
+    table.cosine(torch.eye(4)).square().sum().backward()
+    assert table.weight_ID.grad is not None
+    frozen = FloatTable(5, 4).requires_grad_(False)
+    query_BD = torch.eye(4).requires_grad_()
+    frozen.cosine(query_BD).sum().backward()
+    torch.testing.assert_close(query_BD.grad, frozen.directions().sum(dim=0).expand(4, 4))
+
+
+def test_measure_tells_a_slow_network_from_a_quick_one(history_BT: Tensor) -> None:
+    torch.manual_seed(0)
+    deep = Network(NetworkConfig(encoder=EncoderConfig(width=64, max_length=8, blocks=8)), N_ITEMS).eval()
+    networks = {"deep": deep, "shallow": _network()}
+    threads = torch.get_num_threads()
+    times = measure(networks, history_BT.numpy(), MeasureConfig(rounds=40, warmup_rounds=5, batches=(1, 16)))
+    assert torch.get_num_threads() == threads
+    for batch in (1, 16):
+        shallow, slow = times["shallow"][batch], times["deep"][batch]
+        assert slow.p50_ms > 1.5 * shallow.p50_ms
+        assert shallow.p50_ms <= shallow.p99_ms
+        assert shallow.users_per_s > slow.users_per_s
+    assert times["shallow"][16].users_per_s > times["shallow"][1].users_per_s
