@@ -1,12 +1,37 @@
 """The steps as Ray jobs: `ray job submit --working-dir . -- python -m jobs.train --config configs/ml-100k.yaml`.
 
 A job is a thin name for a command of the CLI, which connects to the cluster that runs it. The package is taken from
-the working directory that came with the job, so a cluster needs the dependencies only.
+the working directory that came with the job, so a cluster needs the dependencies only. That directory is a copy which
+Ray removes, so all relative paths but that of `--config` start at $ELASTICREC_HOME (else ~/elasticrec); on a cluster
+of several nodes it must be a folder that all of them share.
 """
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-_SOURCE_ROOT = str(Path(__file__).resolve().parent.parent / "platform")
+_WORKING_DIRECTORY = Path(__file__).resolve().parent.parent
+_SOURCE_ROOT = str(_WORKING_DIRECTORY / "platform")
 if _SOURCE_ROOT not in sys.path:
     sys.path.insert(0, _SOURCE_ROOT)
+
+
+def run_job(command: Sequence[str]) -> int:
+    """Runs a CLI command with the arguments of this process, at home. Returns the exit status."""
+    from elasticrec.cli.main import run
+
+    arguments = _with_absolute_config(sys.argv[1:])
+    home = Path(os.environ.get("ELASTICREC_HOME", "~/elasticrec")).expanduser()
+    home.mkdir(parents=True, exist_ok=True)
+    print(f"relative paths start at {home} (ELASTICREC_HOME)", flush=True)
+    os.chdir(home)
+    return run([*command, *arguments])
+
+
+def _with_absolute_config(arguments: Sequence[str]) -> list[str]:
+    words = list(arguments)
+    for place, word in enumerate(words[:-1]):
+        if word in ("--config", "--space"):
+            words[place + 1] = str(Path(words[place + 1]).absolute())
+    return words

@@ -2,7 +2,7 @@
 
 import sys
 
-from elasticrec.cli.main import run
+from jobs import run_job
 
 if __name__ == "__main__":
-    sys.exit(run(["train", *sys.argv[1:]]))
+    sys.exit(run_job(["train"]))

@@ -35,7 +35,7 @@ class GlooHost:
     def checkpoints(self) -> Iterable[Path]:
         return ()
 
-    def report(self, metrics: dict[str, Any], write: Callable[[Path], None] | None) -> None:
+    def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
         dist.barrier()  # as Ray Train's does
 
 

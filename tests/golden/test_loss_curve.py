@@ -118,8 +118,8 @@ class DyingHost(LocalHost):
         super().__init__(folder)
         self._at, self._torn = at, torn
 
-    def report(self, metrics: dict[str, Any], write: Callable[[Path], None] | None) -> None:
-        if write is not None and metrics["step"] == self._at:
+    def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
+        if metrics["step"] == self._at:
             if self._torn:
                 super().report(metrics, write)
                 newest = next(iter(self.checkpoints()))

@@ -229,7 +229,7 @@ def flip_the_step(path: Path) -> None:
     path.write_text(path.read_text().replace('"step": 12,', '"step": 13,', 1))
 
 
-DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "tensors cut": (TENSORS, cut, f"{TENSORS}' is corrupt"),
     "tensors flipped": (TENSORS, flip, f"{TENSORS}' is corrupt"),
     "tensors missing": (TENSORS, Path.unlink, "is torn: "),

@@ -13,7 +13,7 @@ from typing import Any
 
 from elasticrec.cli.local_cluster import LocalClusterConfig, local_cluster
 
-SOURCE_ROOT = "platform"  # of a working directory that was shipped with a job
+SOURCE_ROOT = "platform"  # in a working directory that came with a job; workers start in their copy of it
 
 
 @contextlib.contextmanager
@@ -59,6 +59,5 @@ def driver(address: str) -> Iterator[None]:
 def _runtime_env() -> dict[str, Any]:
     """Workers of a job find the package in the folder that came with it, whether or not it is installed there."""
     job = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
-    if job and "PYTHONPATH" not in job and Path(SOURCE_ROOT, "elasticrec").is_dir():
-        return {"env_vars": {"PYTHONPATH": SOURCE_ROOT}}
-    return {}
+    came_along = "working_dir" in job and Path(__file__).parents[2].name == SOURCE_ROOT
+    return {"env_vars": {"PYTHONPATH": SOURCE_ROOT}} if came_along and "PYTHONPATH" not in job else {}

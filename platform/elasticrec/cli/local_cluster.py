@@ -222,6 +222,8 @@ def _environment(config: LocalClusterConfig, address: str, dashboard_url: str, t
     env = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
     haproxy_dir = temp_dir / "h"  # Ray puts <node id>/ below it
     env |= {
+        # the `python` of a job's command line is this one
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)]),
         "RAY_ADDRESS": address,
         "RAY_API_SERVER_ADDRESS": dashboard_url,
         "RAY_DASHBOARD_ADDRESS": dashboard_url,

@@ -1,11 +1,14 @@
 """`elasticrec registry …`: publish versions, move labels."""
 
+import json
 from typing import Annotated
 
 import tyro
 
-from elasticrec.artifact.registry import DEFAULT_LABEL, Registry, resolve_reference
+from elasticrec.artifact.location import locate
+from elasticrec.artifact.registry import DEFAULT_LABEL, Registry, parse_reference, resolve_reference
 
+CHOSEN = "chosen.json"  # what `elasticrec compress` leaves in its folder
 DEFAULT_ROOT = "runs/registry"
 Reference = Annotated[str, tyro.conf.Positional]
 
@@ -14,13 +17,13 @@ def publish(bundle: Reference, name: str, root: str = DEFAULT_ROOT, label: str |
     """Copies a bundle into the registry as the next version of a model.
 
     Args:
-        bundle: folder, URI, or REGISTRY#NAME@LABEL.
+        bundle: folder, URI, REGISTRY#NAME@LABEL, or the folder of a sweep, whose chosen bundle is taken.
         name: of the model in the registry.
         root: folder or URI of the registry.
         label: point this label at the new version, too.
     """
     registry = Registry(root)
-    version = registry.publish(resolve_reference(bundle), name)
+    version = registry.publish(resolve_reference(_chosen_of(bundle)), name)
     if label:
         registry.set_label(name, label, version)
     print(f"{root}#{name}@{version}" + (f" is {label}" if label else ""))
@@ -69,3 +72,10 @@ def list_versions(root: str = DEFAULT_ROOT) -> None:
         for version in registry.versions(name):
             marks = sorted(label for label, at in labels.items() if at == version)
             print(f"{name}@{version}" + (f"  {', '.join(marks)}" if marks else ""))
+
+
+def _chosen_of(bundle: str) -> str:
+    if parse_reference(bundle) is not None:
+        return bundle
+    marker = locate(bundle) / CHOSEN
+    return str(json.loads(marker.read())["bundle"]) if marker.exists() else bundle

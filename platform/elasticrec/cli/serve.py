@@ -8,7 +8,7 @@ import tyro
 
 from elasticrec.cli.local_cluster import LocalClusterConfig, local_cluster
 from elasticrec.cli.progress import bar
-from elasticrec.cli.service import deploy, is_ready
+from elasticrec.cli.service import deploy, is_ready, require_free
 from elasticrec.serving.auth import create_key, revoke_key
 
 DEFAULT_KEYS = Path("runs/serving/keys.json")
@@ -22,6 +22,7 @@ def run(
     topology: Literal["fused", "split"] = "fused",
     replicas: int = 1,
     haproxy: bool = True,
+    port: int = 8000,
 ) -> None:
     """Serves a bundle on a loopback address of this machine, from a private cluster, until Ctrl-C.
 
@@ -33,14 +34,16 @@ def run(
         topology: stages in one replica, or HTTP apart from the model.
         replicas: replicas that hold the model.
         haproxy: HAProxy as the ingress, instead of Ray's own proxy.
+        port: of the HTTP service.
     """
+    require_free(port)
     paths = {"events": events, "seed": seed, "keys": keys}
     arguments = {name: str(path.absolute()) for name, path in paths.items() if path}
     arguments |= {"bundle": _absolute(bundle), "topology": topology, "replicas": str(replicas)}
     config = LocalClusterConfig(num_cpus=replicas + 1, train_slots=0, haproxy=haproxy, auth="token")
     with local_cluster(config) as cluster:
         with bar("starting the service"):
-            url = deploy(cluster, arguments)
+            url = deploy(cluster, arguments, port=port)
         print(f"serving on {url} (API: {url}/docs); Ctrl-C stops it", flush=True)
         while is_ready(url):
             time.sleep(5)

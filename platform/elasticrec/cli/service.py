@@ -1,5 +1,6 @@
 """Arguments of the serving graph in, a service that answers on a local cluster out; through Serve's REST API."""
 
+import socket
 import time
 from typing import Any
 
@@ -16,18 +17,24 @@ class ServiceError(ElasticRecError, RuntimeError):
     """The service did not start."""
 
 
-def deploy(cluster: LocalCluster, arguments: dict[str, Any], *, timeout_s: float = 120.0) -> str:
+def deploy(
+    cluster: LocalCluster, arguments: dict[str, Any], *, port: int | None = None, timeout_s: float = 120.0
+) -> str:
     """Deploys the graph as `serve deploy` does and waits until it answers. Returns its URL.
+
+    Args:
+        port: of the HTTP service on the loopback address; the cluster's free one when not given.
 
     Raises:
         ServiceError: it failed to start, with the reason that Serve gives, or took too long.
     """
+    port = port or cluster.http_port
     config = {
         "proxy_location": "EveryNode",
-        "http_options": {"host": "127.0.0.1", "port": cluster.http_port},
+        "http_options": {"host": "127.0.0.1", "port": port},
         "applications": [{"name": NAME, "route_prefix": "/", "import_path": GRAPH, "args": arguments}],
     }
-    url = f"http://127.0.0.1:{cluster.http_port}"
+    url = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=cluster.dashboard_url, headers=cluster.headers, timeout=60, trust_env=False) as api:
         answer = api.put("/api/serve/applications/", json=config)
         if answer.is_error:
@@ -39,6 +46,13 @@ def deploy(cluster: LocalCluster, arguments: dict[str, Any], *, timeout_s: float
                 return url
             time.sleep(0.2)
     raise ServiceError(f"the service did not answer within {timeout_s:g} s; see the Serve logs in the Ray dashboard")
+
+
+def require_free(port: int) -> None:
+    """Raises ServiceError when something listens on that port of the loopback address."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise ServiceError(f"something listens on port {port} already; stop it or give another --port")
 
 
 def is_ready(url: str) -> bool:
