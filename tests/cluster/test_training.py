@@ -206,9 +206,12 @@ def test_a_node_that_joins_and_dies_costs_no_sample(data: Path, tmp_path: Path) 
         training.wait_for(lambda: training.steps()[-1]["workers"] == 2)
         joined = training.steps()[-1]["step"]
         training.wait_for(lambda: training.saved_step() > joined)
+        written = training.saved_step()
+        training.wait_for(lambda: training.saved_step() > written)  # the one before it is committed for certain
         cluster.remove_node(node)
         training.wait_for(lambda: training.steps()[-1]["workers"] == 1)
         training.finish()
+    assert max(line["step"] for line in training.steps() if line["workers"] == 2) >= written - 1
     assert {line["workers"] for line in training.steps()} == {1, 2}
     assert_every_sample_once(training, open_store(data))
     assert_same_curve(training, open_store(data), tmp_path)
