@@ -31,7 +31,10 @@ def run_job(command: Sequence[str]) -> int:
 
 def _with_absolute_config(arguments: Sequence[str]) -> list[str]:
     words = list(arguments)
-    for place, word in enumerate(words[:-1]):
-        if word in ("--config", "--space"):
+    for place, word in enumerate(words):
+        option, equals, file = word.partition("=")
+        if option in ("--config", "--space") and equals:
+            words[place] = f"{option}={Path(file).absolute()}" if file else word
+        elif option in ("--config", "--space") and place + 1 < len(words):
             words[place + 1] = str(Path(words[place + 1]).absolute())
     return words

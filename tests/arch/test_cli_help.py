@@ -33,7 +33,7 @@ def help_of(words: tuple[str, ...]) -> str:
         run([*words, "--help"])
     plain = re.sub(r"\x1b\[[0-9;]*m", "", output.getvalue())
     options = re.findall(r"(?<![\w-])--[a-z][\w.-]*", plain)
-    return f"$ elasticrec {' '.join(words)}\n" + "\n".join(f"  {option}" for option in dict.fromkeys(options)) + "\n"
+    return f"$ elasticrec {' '.join(words)}\n" + "\n".join(f"  {option}" for option in sorted(set(options))) + "\n"
 
 
 def test_commands_and_options_are_the_ones_written_down(monkeypatch: pytest.MonkeyPatch) -> None:

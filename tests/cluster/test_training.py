@@ -165,6 +165,9 @@ def test_a_killed_worker_costs_no_sample(cluster: LocalCluster, data: Path, tmp_
     training.wait_for(lambda: len(training.checkpoints()) > 0 and len(training.steps()) > 0)
     before = train_workers(cluster)
     assert len(before) == 2
+    rival = Training(training.run, cluster)
+    assert rival.process.wait(60) == 2
+    assert "is being trained by another process" in rival.log()
     os.kill(min(before), signal.SIGKILL)
     training.wait_for(lambda: len(train_workers(cluster) - before) == 2)
     training.finish()
@@ -198,9 +201,19 @@ def test_the_same_command_goes_on_after_the_driver_died(cluster: LocalCluster, d
     assert "give this run another name" in fourth.log()
 
 
+def test_a_run_that_cannot_go_on_says_why_in_one_message(cluster: LocalCluster, data: Path, tmp_path: Path) -> None:
+    run = run_config(data, tmp_path / "runs", "given-up", epochs=120)
+    training = Training(replace(run, elastic=replace(run.elastic, max_failures=0)), cluster)
+    training.wait_for(lambda: len(training.checkpoints()) > 0)
+    os.kill(min(train_workers(cluster)), signal.SIGKILL)
+    assert training.process.wait(120) == 2
+    assert "failed more than 0 times" in training.log()
+    assert "Traceback" not in training.log()
+
+
 def test_a_node_that_joins_and_dies_costs_no_sample(data: Path, tmp_path: Path) -> None:
     with local_cluster(LocalClusterConfig(num_cpus=1, train_slots=1)) as cluster:
-        training = Training(run_config(data, tmp_path / "runs", "node", epochs=400), cluster)
+        training = Training(run_config(data, tmp_path / "runs", "node", epochs=300), cluster)
         training.wait_for(lambda: len(training.steps()) > 0)
         node = cluster.add_node(num_cpus=1, train_slots=1)
         training.wait_for(lambda: training.steps()[-1]["workers"] == 2)

@@ -175,13 +175,13 @@ def test_an_acknowledged_event_survives_sigkill(kind: str, tmp_path: Path) -> No
     store.close()
 
 
-def prepared_data(folder: Path) -> Path:
+def prepared_data(folder: Path, users_: tuple[str, ...] = ("ann", "bob", "eve")) -> Path:
     sequences = Sequences(
         item_E=np.array([2, 1, 3, 3], dtype=np.int32),
         offset_U1=np.array([0, 3, 3, 4], dtype=np.int64),
         time_E=np.array([5, 6, 7, 8], dtype=np.int64),
     )
-    users = pa.table({"user_index": [0, 1, 2], "user_id": ["ann", "bob", "eve"]})
+    users = pa.table({"user_index": [0, 1, 2], "user_id": list(users_)})
     items = pa.table({
         "item_index": [1, 2, 3], "item_id": ["a", "b", "c"], "title": ["A", "B", "C"],
         "categories": [[], [], []], "count": [1, 1, 2],
@@ -205,6 +205,41 @@ def test_data_is_loaded_once_and_live_events_stay_behind_it(store: EventStore, t
     assert store.history("ann", 10) == ["b", "a", "c", "z"]
 
 
+def test_newer_data_takes_the_place_of_the_old_and_stays_before_live_events(store: EventStore) -> None:
+    store.append([event("ann", "first")])
+    assert store.seed("monday", [event("ann", "a"), event("ann", "gone"), event("bob", "x")]) == 3
+    store.append([event("ann", "second")])
+    assert store.history("ann", 10) == ["a", "gone", "first", "second"]
+    assert store.seed("tuesday", [event("ann", "a"), event("ann", "b")]) == 2
+    assert store.history("ann", 10) == ["a", "b", "first", "second"]
+    assert store.history("ann", 1) == ["second"]
+    assert store.history("ann", 3) == ["b", "first", "second"]
+    assert store.seen("ann") == {"a", "b", "first", "second"}
+    assert store.seen("bob") == set()
+    assert store.seed("tuesday", [event("ann", "c")]) == 0
+    store.append([event("ann", "third")])  # whatever numbers the deleted events leave free
+    assert store.history("ann", 10) == ["a", "b", "first", "second", "third"]
+
+
+def test_newer_data_that_breaks_leaves_the_old(store: EventStore) -> None:
+    def broken() -> Iterator[StoredEvent]:
+        yield event("ann", "b")
+        raise InputError("the data set is damaged")
+
+    store.seed("monday", [event("ann", "a")])
+    with pytest.raises(InputError, match="damaged"):
+        store.seed("tuesday", broken())
+    assert store.history("ann", 10) == ["a"]
+    assert store.seed("monday", [event("ann", "c")]) == 0
+
+
+def test_the_same_sequences_of_other_users_are_other_data(store: EventStore, tmp_path: Path) -> None:
+    seed_from(store, SeedConfig(data=prepared_data(tmp_path)))
+    assert seed_from(store, SeedConfig(data=prepared_data(tmp_path, ("zoe", "bob", "eve")))) == 4
+    assert store.history("zoe", 10) == ["b", "a", "c"]
+    assert store.history("ann", 10) == []
+
+
 def test_a_seed_that_breaks_leaves_nothing(store: EventStore) -> None:
     def broken() -> Iterator[StoredEvent]:
         yield event("ann", "a")
@@ -223,11 +258,27 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
         SqliteEventStore(SqliteConfig(path=path))
 
 
-def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
-    store = SqliteEventStore(SqliteConfig(path=tmp_path / "events.sqlite"))
-    store._writer.execute("PRAGMA user_version = 9")
+def test_opening_does_not_wait_for_a_long_seed(tmp_path: Path) -> None:
+    path = tmp_path / "events.sqlite"
+    store = SqliteEventStore(SqliteConfig(path=path))
+    store.append([event("ann", "a")])
+
+    def slow() -> Iterator[StoredEvent]:
+        yield event("ann", "b")
+        second = SqliteEventStore(SqliteConfig(path=path, busy_timeout_s=0.1))  # while the write lock is held
+        assert second.history("ann", 10) == ["a"]
+        second.close()
+
+    assert store.seed("data set", slow()) == 1
     store.close()
-    with pytest.raises(EventStoreError, match="schema 9, this version reads 1"):
+
+
+@pytest.mark.parametrize("version", [1, 9])
+def test_a_database_of_another_version_is_refused(tmp_path: Path, version: int) -> None:
+    store = SqliteEventStore(SqliteConfig(path=tmp_path / "events.sqlite"))
+    store._writer.execute(f"PRAGMA user_version = {version}")
+    store.close()
+    with pytest.raises(EventStoreError, match=f"schema {version}, this version reads 2"):
         SqliteEventStore(SqliteConfig(path=tmp_path / "events.sqlite"))
 
 

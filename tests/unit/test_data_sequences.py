@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from elasticrec.data.sequences import (
     MANIFEST,
+    STORE,
     Sequences,
     Store,
     open_store,
@@ -22,7 +23,7 @@ from elasticrec.data.sequences import (
     verify_store,
     write_store,
 )
-from elasticrec.errors import InputError
+from elasticrec.errors import ConfigError, InputError
 
 
 def written(path: Path, lengths: list[int], *, full: bool = True) -> Store:
@@ -107,6 +108,9 @@ def test_a_missing_array_is_not_taken_for_an_absent_column(tmp_path: Path) -> No
         ("{", "manifest.json' is damaged"),
         ("[]", "manifest.json' is damaged"),
         ('{"schema_version": 99}', "has store schema 99, this version reads 1"),
+        ('{"schema_version": 1}', "describes no store"),
+        ('{"schema_version": "2"}', "describes no store"),
+        ('{"schema_version": 1, "counts": {}, "files": {"items.arrow": 1}}', "describes no store"),
     ],
 )
 def test_a_folder_that_is_no_store(tmp_path: Path, manifest: str | None, message: str) -> None:
@@ -126,8 +130,46 @@ def test_manifest_holds_counts_command_notes_and_hashes(tmp_path: Path) -> None:
 
 def test_a_failed_block_leaves_the_old_folder_and_no_other(tmp_path: Path) -> None:
     store = written(tmp_path / "store", [3, 4])
-    with contextlib.suppress(RuntimeError), replacing_folder(store.path) as partial:
+    with contextlib.suppress(RuntimeError), replacing_folder(store.path, STORE) as partial:
         (partial / "half").write_text("written")
         raise RuntimeError
     assert os.listdir(tmp_path) == ["store"]
     assert open_store(tmp_path / "store").fingerprint == store.fingerprint
+
+
+def test_a_damaged_item_table_is_named(tmp_path: Path) -> None:
+    store = written(tmp_path / "store", [3, 4])
+    (store.path / "items.parquet").write_bytes(b"torn")
+    with pytest.raises(InputError, match=r"items.parquet' cannot be read"):
+        store.items()
+
+
+def test_a_store_takes_the_place_of_a_store_or_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    written(tmp_path / "store", [3, 4])
+    (tmp_path / "store" / "times.arrow").unlink()  # a damaged one, too
+    assert written(tmp_path / "store", [5]).n_users == 1
+    assert os.listdir(tmp_path) == ["store"]
+
+
+def test_what_is_no_store_keeps_its_place(tmp_path: Path) -> None:
+    bundle, mixed, file = tmp_path / "bundle", tmp_path / "mixed", tmp_path / "file"
+    bundle.mkdir()
+    bundle_files = {"weights.safetensors": {"sha256": "", "bytes": 1}}
+    (bundle / MANIFEST).write_text(json.dumps({"schema_version": 1, "files": bundle_files}))
+    (written(mixed, [3]).path / "thesis.txt").touch()
+    file.touch()
+    for place in (bundle, mixed, file):
+        with pytest.raises(ConfigError, match=f"{place.name}' exists and is no prepared data set"):
+            written(place, [3, 4])
+    assert sorted(os.listdir(tmp_path)) == ["bundle", "file", "mixed"]
+    assert (bundle / MANIFEST).exists()
+    assert (mixed / "thesis.txt").exists()
+
+
+def test_a_folder_that_was_filled_meanwhile_stays(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exists already"), replacing_folder(tmp_path / "out"):  # noqa: PT012
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").touch()
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["thesis.txt"]

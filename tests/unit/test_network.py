@@ -180,6 +180,7 @@ def queries(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 22, 23, 24, 1000])
 def test_the_chunked_loss_is_cross_entropy(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(loss, "MIN_CHUNK", 1)
     monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", rows * 4 * 17)
     query_MD, item_ID, target_M = queries()
     own = summed_cross_entropy(query_MD, item_ID, target_M)
@@ -195,6 +196,7 @@ def test_the_chunked_loss_is_cross_entropy(monkeypatch: pytest.MonkeyPatch, rows
 def test_the_chunked_loss_has_the_gradient_that_differences_show(
     monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
+    monkeypatch.setattr(loss, "MIN_CHUNK", 1)
     monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", chunk_bytes)
     query_MD, item_ID, target_M = queries(torch.float64)
     assert torch.autograd.gradcheck(lambda q_MD, i_ID: summed_cross_entropy(q_MD, i_ID, target_M), (query_MD, item_ID))

@@ -143,6 +143,21 @@ def test_a_damaged_label_record_is_named(registry: Registry) -> None:
         registry.resolve("films")
 
 
+def test_a_missing_label_record_is_named_and_nothing_is_appended(registry: Registry) -> None:
+    for version in ("1", "2", "3"):
+        registry.set_label("films", "production", version)
+    labels = Path(registry.root.path, "films", "labels", "production")
+    (labels / "000002.json").unlink()
+    for move in (
+        lambda: registry.set_label("films", "production", "1"),
+        lambda: registry.rollback("films", "production"),
+        lambda: registry.resolve("films"),
+    ):
+        with pytest.raises(RegistryError, match=r"000002\.json' is missing; restore it"):
+            move()
+    assert sorted(path.name for path in labels.iterdir()) == ["000001.json", "000003.json"]
+
+
 def test_foreign_files_do_not_disturb(registry: Registry) -> None:
     Path(registry.root.path, "README.txt").write_text("ours")
     Path(registry.root.path, "films", "labels").mkdir()

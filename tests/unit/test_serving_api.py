@@ -60,11 +60,13 @@ def app(service: Service) -> FastAPI:
     return create_app(service, keys=None)
 
 
-def call(app: FastAPI, method: str, path: str, **options: Any) -> httpx.Response:
+def call(app: FastAPI, method: str, path: str, *, root_path: str = "", **options: Any) -> httpx.Response:
+    """`root_path`: the prefix that Ray Serve mounts the app under; it is part of the path too, as with uvicorn."""
+
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False, root_path=root_path)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.request(method, path, **options)
+            return await client.request(method, root_path + path, **options)
 
     return anyio.run(send)
 
@@ -322,19 +324,25 @@ def test_no_json_gives_a_5xx(app: FastAPI, path: str, body: dict[str, Any]) -> N
     assert answer.headers["content-type"] in ("application/json", "application/problem+json")
 
 
-def test_a_key_is_asked_for_where_data_is_and_nowhere_else(service: Service, tmp_path: Path) -> None:
+@pytest.mark.parametrize("root_path", ["", "/api", "/healthz"])
+def test_a_key_is_asked_for_everywhere_but_for_health_and_documentation(
+    service: Service, tmp_path: Path, root_path: str
+) -> None:
     key = create_key(tmp_path / "keys.json", "shop")
     app = create_app(service, KeyRing(tmp_path / "keys.json"))
     body = {"user_id": "ann"}
-    for path in ("/v1/recommend", "/v1/events", "/v1/items/i1", "/v1/nothing"):
+    for path in ("/v1/recommend", "/v1/events", "/v1/items/i1", "/v1/nothing", "/nothing", "/", "/docs/x"):
         for headers in ({}, {"authorization": "Bearer er_wrong"}, {"authorization": f"Basic {key}"}):
-            answer = call(app, "POST", path, json=body, headers=headers)
+            answer = call(app, "POST", path, root_path=root_path, json=body, headers=headers)
             assert_problem(answer, 401, "unauthorized")
             assert answer.headers["www-authenticate"] == "Bearer"
-    assert call(app, "POST", "/v1/recommend", json=body, headers={"authorization": f"Bearer {key}"}).status_code == 200
-    assert call(app, "GET", "/v1/items/i1", headers={"x-api-key": key}).status_code == 200
-    for path in ("/healthz", "/readyz", "/docs", "/openapi.json"):
-        assert call(app, "GET", path).status_code == 200
+    bearer = {"authorization": f"Bearer {key}"}
+    answer = call(app, "POST", "/v1/recommend", root_path=root_path, json=body, headers=bearer)
+    assert answer.status_code == 200
+    answer = call(app, "GET", "/v1/items/i1", root_path=root_path, headers={"x-api-key": key})
+    assert answer.status_code == 200
+    for path in ("/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"):
+        assert call(app, "GET", path, root_path=root_path).status_code == 200
 
 
 def test_without_a_key_not_even_the_body_is_looked_at(service: Service, tmp_path: Path) -> None:

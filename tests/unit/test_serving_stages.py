@@ -194,6 +194,16 @@ def test_a_question_holds_arrays_only(bundle: Bundle, events: EventStore) -> Non
     ]
 
 
+def test_stored_items_that_the_model_does_not_know_push_no_known_ones_out(bundle: Bundle, events: EventStore) -> None:
+    known = [f"i{number}" for number in range(1, MAX_LENGTH + 2)]
+    mixed = [item_id for number, name in enumerate(known) for item_id in (f"x{number}", name, f"y{number}")]
+    events.append([StoredEvent(user_id="mixed", item_id=item_id, timestamp=0) for item_id in mixed])
+    (background,) = Histories(Catalogue(bundle.items()), events, MAX_LENGTH).prepare(
+        [Request(k=1, user_id="mixed")]
+    ).backgrounds  # fmt: skip
+    assert background.items.tolist() == [2, 3, 4, 5, 6, 7]
+
+
 @pytest.mark.parametrize("precision", TABLES)
 def test_retrieval_is_exact_for_every_table(precision: Precision) -> None:
     torch.manual_seed(0)

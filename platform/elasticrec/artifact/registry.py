@@ -25,6 +25,7 @@ from elasticrec.errors import BundleError, RegistryError, suggestion
 LATEST: Final = "latest"  # always the highest version; not a label
 DEFAULT_LABEL: Final = "production"
 
+_RECORD = re.compile(r"(?:\d{6}|[1-9]\d{6,})\.json")  # as `_record` writes it
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REFERENCE = re.compile(rf"(?P<root>.+)#(?P<name>{_NAME})(?:@(?P<ref>{_NAME}))?")
 
@@ -90,9 +91,13 @@ class Registry:
         return {label: moves[-1].version for label in labels if (moves := self.history(name, label))}
 
     def history(self, name: str, label: str) -> list[Move]:
-        """Every move of a label, oldest first; empty when it was never set."""
+        """Every move of a label, oldest first; empty when it was never set.
+
+        Raises:
+            RegistryError: a record is damaged or missing.
+        """
         place = self.root / name / "labels" / label
-        return [_read_move(place / record) for record in place.children() if record.endswith(".json")]
+        return [_read_move(place / record) for record in _records(place)]
 
     def set_label(self, name: str, label: str, version: str, *, by: str = "", reason: str = "") -> Move:
         """Points a label at a version.
@@ -157,7 +162,7 @@ class Registry:
         place = self.root / name / "labels" / label
         place.make_folder()
         record = (json.dumps(asdict(moved)) + "\n").encode()
-        return moved if (place / f"{count + 1:06d}.json").claim(record) else None
+        return moved if (place / _record(count + 1)).claim(record) else None
 
     def _claimed(self, name: str) -> list[str]:
         """Numbers that are taken, also by a publisher that died on an object store before its manifest."""
@@ -233,6 +238,23 @@ def _copy(source: Bundle, folder: Location, name: str, version: str) -> None:
     lineage = {**source.manifest.lineage, "published_from": origin}
     manifest = replace(source.manifest, name=name, version=version, lineage=lineage)
     (folder / MANIFEST).write(render(manifest))
+
+
+def _records(place: Location) -> list[str]:
+    """Names of a label's records, oldest first; their numbers run from 1 without a gap, so the next is known."""
+    while True:
+        numbers = sorted(int(name[:-5]) for name in place.children() if _RECORD.fullmatch(name))
+        names = [_record(number) for number in numbers]
+        gap = next((number for number, found in enumerate(numbers, start=1) if number != found), None)
+        if gap is None:
+            return names
+        # A listing that was made while two records were written may show the later one only; then the earlier is there.
+        if not (place / _record(gap)).exists():
+            raise RegistryError(f"label record '{place / _record(gap)}' is missing; restore it from a backup")
+
+
+def _record(number: int) -> str:
+    return f"{number:06d}.json"
 
 
 def _read_move(place: Location) -> Move:

@@ -9,13 +9,14 @@ from typing import Annotated
 import tyro
 
 from elasticrec.artifact.bundle import open_bundle
+from elasticrec.artifact.items import check_same_items
 from elasticrec.artifact.registry import resolve_reference
 from elasticrec.cli.options import parse, takes_arguments
 from elasticrec.cli.progress import working
 from elasticrec.cli.tables import quality_table, show
 from elasticrec.data.sequences import open_store
 from elasticrec.data.split import LeaveOneOut, Split
-from elasticrec.errors import InputError
+from elasticrec.errors import ConfigError
 from elasticrec.evaluation.quality import measure
 from elasticrec.evaluation.ranking import EvaluationConfig
 
@@ -35,8 +36,10 @@ class EvaluateConfig:
 def evaluate_bundle(prog: str, arguments: Sequence[str]) -> None:
     """Ranks the whole catalogue for every case and shows the table."""
     config = parse(EvaluateConfig, prog, arguments, "Ranks the whole catalogue with a bundle, beside the baselines.")
+    if config.out:
+        _check_file(config.out)  # before the ranking, which takes a while
     bundle, store = open_bundle(resolve_reference(config.bundle)), open_store(config.data)
-    check_same_items(bundle.manifest.n_items, store.n_items, str(config.data))
+    check_same_items(bundle, store)
     network = bundle.network()
     length = network.config.encoder.max_length
     with working("ranking the whole catalogue") as advance:
@@ -46,9 +49,8 @@ def evaluate_bundle(prog: str, arguments: Sequence[str]) -> None:
         config.out.write_text(json.dumps(quality.as_mapping(), indent=2) + "\n", encoding="utf-8")
 
 
-def check_same_items(of_bundle: int, of_store: int, data: str) -> None:
-    """Raises InputError when a bundle cannot have been trained on a store."""
-    if of_bundle != of_store:
-        raise InputError(
-            f"the bundle knows {of_bundle} items, '{data}' has {of_store}; give the store that it was trained on"
-        )
+def _check_file(out: Path) -> None:
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"'{out}' cannot be written: there is no folder '{out.absolute().parent}'; make it first")
+    if out.is_dir():
+        raise ConfigError(f"'{out}' is a folder; give --out the name of a file in it")

@@ -53,6 +53,14 @@ COMMANDS: Tree = {
     },
 }
 
+_ADVICE: Mapping[type[OSError], str] = {
+    PermissionError: "give a place where you may read and write",
+    FileNotFoundError: "check the path, and make its folder first",
+    FileExistsError: "give another path",
+    NotADirectoryError: "a part of the path is a file; give a path in a folder",
+    IsADirectoryError: "give a file, not a folder",
+}
+
 
 def main() -> None:
     """Entry point of the `elasticrec` script."""
@@ -70,11 +78,26 @@ def run(arguments: Sequence[str]) -> int:
             return 0
         _load(command)(" ".join(["elasticrec", *words]), rest)
     except ElasticRecError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False, style="red")
-        return 2
+        return _mistake(str(error))
+    except OSError as error:
+        return _mistake(explain(error))
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def explain(error: OSError) -> str:
+    """What the system refused, where, and what to do about it."""
+    what = f"'{error.filename}': {error.strerror}" if error.filename and error.strerror else str(error)
+    advice = next((text for kind, text in _ADVICE.items() if isinstance(error, kind)), None)
+    if advice is None and error.filename:
+        advice = "check the path and the disk that it is on"
+    return "; ".join(filter(None, (what or type(error).__name__, advice)))
+
+
+def _mistake(text: str) -> int:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {text}", markup=False, style="red")
+    return 2
 
 
 def call(function: Callable[..., Any], prog: str, arguments: Sequence[str], **options: Any) -> Any:

@@ -25,14 +25,28 @@ def parse(config_type: type[T], prog: str, arguments: Sequence[str], description
     """
     rest = list(arguments)
     options: dict[str, Any] = {}
-    if "--config" in rest:
-        place = rest.index("--config")
-        if place + 1 == len(rest):
-            raise ConfigError("--config needs the path of a YAML file")
-        options["default"] = load(config_type, rest[place + 1])
-        del rest[place : place + 2]
+    if (file := _take(rest, "--config")) is not None:
+        options["default"] = load(config_type, file)
     text = f"{description} --config FILE gives the defaults of all options below."
     config: T = tyro.cli(
         config_type, prog=prog, args=rest, description=text, config=(tyro.conf.AvoidSubcommands,), **options
     )
     return config
+
+
+def _take(words: list[str], option: str) -> str | None:
+    """Removes `OPTION FILE` or `OPTION=FILE` from the words; returns the file."""
+    for place, word in enumerate(words):
+        if word.startswith(f"{option}="):
+            return _named(words.pop(place).partition("=")[2], option)
+        if word == option:
+            file = _named(words[place + 1] if place + 1 < len(words) else "", option)
+            del words[place : place + 2]
+            return file
+    return None
+
+
+def _named(file: str, option: str) -> str:
+    if not file:
+        raise ConfigError(f"{option} needs the path of a YAML file")
+    return file

@@ -73,7 +73,7 @@ def quickstart(
     start_s = time.monotonic()
     folder = folder.absolute()
     if (folder / "report.json").exists():
-        shutil.rmtree(folder)
+        _start_over(folder)
     run = dataclasses.replace(load(RunConfig, config), name="train", storage=folder, data=folder / "data")
     session = Session(folder, run, _start_of_report(config))
     store = _prepare(session)
@@ -91,6 +91,14 @@ def quickstart(
         session.report["seconds"]["total"] = round(time.monotonic() - start_s, 2)
         files = write_report(session.report, folder)
         _show(session, files, (url, key, cluster) if keep else None)
+
+
+def _start_over(folder: Path) -> None:
+    """Removes what a finished quickstart made; registry and events stay, since a kept service may use them."""
+    for name in ("data", "train", "compressed"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("report.json", "report.html"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _start_of_report(config: Path) -> dict[str, Any]:

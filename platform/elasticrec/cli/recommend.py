@@ -1,25 +1,39 @@
 """`elasticrec recommend` and `recommend-batch`: a bundle's answers without a service."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tyro
 from rich.table import Table
 
-from elasticrec.artifact.bundle import open_bundle
+from elasticrec.artifact.bundle import Bundle, open_bundle
+from elasticrec.artifact.items import translation
 from elasticrec.artifact.registry import resolve_reference
 from elasticrec.cli.connection import connected
-from elasticrec.cli.evaluate import check_same_items
 from elasticrec.cli.progress import bar
 from elasticrec.cli.tables import show
-from elasticrec.columns import USER
-from elasticrec.data.sequences import open_store, replacing_folder
+from elasticrec.columns import PAD, USER
+from elasticrec.data.sequences import Int32, Replaceable, open_store, replacing_folder
 from elasticrec.errors import ConfigError, InputError
+from elasticrec.serving.batch import BATCH_SCHEMA
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.scorer import Question, Scorer
 
 Reference = Annotated[str, tyro.conf.Positional]
+
+
+def _holds_answers(folder: Path) -> bool:
+    """Whether nothing but parquet files of earlier answers is in a folder; a log in parquet must not be replaced."""
+    try:
+        return all(pq.read_schema(file).names == BATCH_SCHEMA.names for file in folder.iterdir())
+    except (OSError, pa.ArrowException):
+        return False
+
+
+ANSWERS = Replaceable("folder of recommendations", _holds_answers)
 
 
 def recommend(
@@ -34,13 +48,14 @@ def recommend(
     Args:
         bundle: folder, URI, or REGISTRY#NAME@LABEL.
         history: item ids, oldest first; after the user's own events when both are given.
-        data: the store that knows the user.
+        data: the store that knows the user; events on items that the bundle does not know are left out.
         user: id of the user.
         k: number of items.
     """
+    _check_positive("--k", k)
     opened = open_bundle(resolve_reference(bundle))
     catalogue = Catalogue(opened.items())
-    stored = _events_of(data, user, opened.manifest.n_items)
+    stored = _events_of(data, user, opened)
     items = np.concatenate([stored, catalogue.indices(history)]).astype(np.int32)
     if unknown := [item for item in history if item not in catalogue]:
         raise InputError(f"item '{unknown[0]}' is not in the bundle's catalogue of {len(catalogue)} items")
@@ -52,22 +67,28 @@ def recommend(
     answer = Scorer(network).score(
         Question(item_BT=newest[None], blocked_row_N=np.zeros_like(blocked), blocked_item_N=blocked, k=k)
     )
-    show(_table(catalogue, answer.item_BK[0].tolist(), answer.score_BK[0].tolist()))
+    free_K = np.isfinite(answer.score_BK[0])  # a user who has seen nearly everything is left with fewer than k
+    show(_table(catalogue, answer.item_BK[0][free_K].tolist(), answer.score_BK[0][free_K].tolist()))
 
 
 def recommend_batch(bundle: Reference, data: Path, out: Path, k: int = 10, batch_users: int = 256) -> None:
     """Writes the best items of every user of a store to parquet: user_id, rank, item_id, score.
 
+    Events on items that the bundle does not know are left out; a user without any other gets no rows.
+
     Args:
         bundle: folder, URI, or REGISTRY#NAME@LABEL.
         data: the store with the users' histories; every node sees this path, and `out`.
-        out: folder of parquet files; it appears when all of them are written.
+        out: folder of parquet files; it appears when all of them are written, and replaces earlier ones.
         k: items a user.
         batch_users: users that one worker answers at a time.
     """
+    _check_positive("--k", k)
+    _check_positive("--batch-users", batch_users)
     uri, store = resolve_reference(bundle), open_store(data)
-    check_same_items(open_bundle(uri).manifest.n_items, store.n_items, str(data))
-    with connected(), bar(f"recommending for {store.n_users:,} users"), replacing_folder(out.absolute()) as folder:
+    open_bundle(uri)
+    text = f"recommending for {store.n_users:,} users"
+    with replacing_folder(out.absolute(), ANSWERS) as folder, connected(), bar(text):
         _map_users(uri, data.absolute(), folder, store.n_users, k, batch_users)
     print(f"{out}: top {k} of {store.n_users:,} users")
 
@@ -88,17 +109,23 @@ def _map_users(uri: str, data: Path, folder: Path, users: int, k: int, batch_use
     ).write_parquet(str(folder))
 
 
-def _events_of(data: Path | None, user: str | None, n_items: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+def _check_positive(option: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{option} is {value}; it must be 1 or more")
+
+
+def _events_of(data: Path | None, user: str | None, bundle: Bundle) -> Int32:
+    """The user's events as the bundle numbers items, oldest first."""
     if user is None:
         return np.zeros(0, dtype=np.int32)
     if data is None:
         raise ConfigError("--user needs --data STORE, where that user's events are")
     store = open_store(data)
-    check_same_items(n_items, store.n_items, str(data))
     users = store.users().column(USER).to_pylist()
     if user not in users:
         raise InputError(f"user '{user}' is not in '{data}', which has {len(users)} users")
-    return np.asarray(store.sequences.items_of(users.index(user)))
+    events: Int32 = translation(bundle, store)[store.sequences.items_of(users.index(user))]
+    return cast(Int32, events[events != PAD])
 
 
 def _table(catalogue: Catalogue, items: list[int], scores: list[float]) -> Table:

@@ -7,6 +7,7 @@ import tyro
 
 from elasticrec.artifact.location import locate
 from elasticrec.artifact.registry import DEFAULT_LABEL, Registry, parse_reference, resolve_reference
+from elasticrec.errors import InputError
 
 CHOSEN = "chosen.json"  # what `elasticrec compress` leaves in its folder
 DEFAULT_ROOT = "runs/registry"
@@ -78,4 +79,9 @@ def _chosen_of(bundle: str) -> str:
     if parse_reference(bundle) is not None:
         return bundle
     marker = locate(bundle) / CHOSEN
-    return str(json.loads(marker.read())["bundle"]) if marker.exists() else bundle
+    if not marker.exists():
+        return bundle
+    try:
+        return str(json.loads(marker.read())["bundle"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"'{marker}' is damaged; publish the bundle of one recipe by its folder") from None

@@ -6,11 +6,15 @@ from typing import Annotated, Literal
 
 import tyro
 
+from elasticrec.artifact.bundle import open_bundle
+from elasticrec.artifact.registry import resolve_reference
 from elasticrec.cli.local_cluster import LocalClusterConfig, local_cluster
 from elasticrec.cli.progress import bar
-from elasticrec.cli.service import deploy, is_ready, require_free
+from elasticrec.cli.service import ServiceError, answers, deploy, require_free
+from elasticrec.data.sequences import open_store
 from elasticrec.serving.auth import create_key, revoke_key
 
+PROBE_S, SILENT_PROBES = 5, 24
 DEFAULT_KEYS = Path("runs/serving/keys.json")
 
 
@@ -37,6 +41,9 @@ def run(
         port: of the HTTP service.
     """
     require_free(port)
+    open_bundle(resolve_reference(bundle))  # told now, not by replicas that fail to start
+    if seed:
+        open_store(seed)
     paths = {"events": events, "seed": seed, "keys": keys}
     arguments = {name: str(path.absolute()) for name, path in paths.items() if path}
     arguments |= {"bundle": _absolute(bundle), "topology": topology, "replicas": str(replicas)}
@@ -45,9 +52,11 @@ def run(
         with bar("starting the service"):
             url = deploy(cluster, arguments, port=port)
         print(f"serving on {url} (API: {url}/docs); Ctrl-C stops it", flush=True)
-        while is_ready(url):
-            time.sleep(5)
-        print("the service no longer answers; stopping")
+        silent = 0
+        while silent < SILENT_PROBES:  # a busy or restarting service is left alone
+            time.sleep(PROBE_S)
+            silent = 0 if answers(url) else silent + 1
+        raise ServiceError(f"nothing has answered on {url} for {SILENT_PROBES * PROBE_S} s; the service was stopped")
 
 
 def key(name: Annotated[str, tyro.conf.Positional], keys: Path = DEFAULT_KEYS) -> None:

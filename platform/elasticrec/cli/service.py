@@ -49,10 +49,21 @@ def deploy(
 
 
 def require_free(port: int) -> None:
-    """Raises ServiceError when something listens on that port of the loopback address."""
+    """Raises ServiceError when there is no such port, or something listens on that port of the loopback address."""
+    if not 1 <= port <= 65_535:
+        raise ServiceError(f"port {port} is none; give one of 1 to 65535")
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise ServiceError(f"something listens on port {port} already; stop it or give another --port")
+
+
+def answers(url: str) -> bool:
+    """Whether anything answers there, be it that it is busy."""
+    try:
+        httpx.get(f"{url}/healthz", timeout=30, trust_env=False)
+    except httpx.HTTPError:
+        return False
+    return True
 
 
 def is_ready(url: str) -> bool:

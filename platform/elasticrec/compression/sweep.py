@@ -29,6 +29,7 @@ from ray.exceptions import RayActorError
 from ray.tune.logger import JsonLoggerCallback
 
 from elasticrec.artifact.bundle import open_bundle
+from elasticrec.artifact.items import check_same_items
 from elasticrec.artifact.location import Location, locate
 from elasticrec.compression.measure import MeasureConfig
 from elasticrec.compression.pareto import Choice, Direction, Trial, choose, front, parse_budget
@@ -110,7 +111,7 @@ def sweep(
 
     Raises:
         ConfigError: `out` holds something, or the budget names what is not measured.
-        BundleError, InputError: the bundle or the store cannot be read.
+        BundleError, InputError: the bundle or the store cannot be read, or their items differ.
     """
     job = Job(
         bundle=locate(bundle).uri,
@@ -120,8 +121,7 @@ def sweep(
         measure=config.measure,
         evaluation=config.evaluation,
     )
-    open_bundle(job.bundle)
-    open_store(job.store)
+    check_same_items(open_bundle(job.bundle), open_store(job.store))
     _claim_folder(locate(job.out))
     teacher = cast(dict[str, float], ray.get(_teacher_task(config).remote(job)))
     # A budget on something that is not measured must not wait for the trials.

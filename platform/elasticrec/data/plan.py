@@ -19,7 +19,10 @@ from elasticrec.errors import ConfigError, InputError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig:
-    """How an epoch is cut. The curve of a run depends on these and on nothing else of the cluster."""
+    """How an epoch is cut. The samples of each step follow from these alone, whatever the cluster.
+
+    So does the loss curve but for dropout, whose masks are drawn by each worker for its part of a step.
+    """
 
     batch_users: int = 128
     shards: int = 8
@@ -29,6 +32,8 @@ class PlanConfig:
     def __post_init__(self) -> None:
         if self.batch_users < 1 or self.shards < 1:
             raise ConfigError(f"batch_users {self.batch_users} and shards {self.shards} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"plan.seed {self.seed} must be at least 0 and below 2**63")
         if self.batch_users % self.shards:
             raise ConfigError(
                 f"global batch {self.batch_users} does not divide over {self.shards} shards; change batch or shards"

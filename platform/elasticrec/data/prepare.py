@@ -23,7 +23,7 @@ from elasticrec.data.files import InputFile, find_files
 from elasticrec.data.ingest import Core, Ingested, ingest
 from elasticrec.data.metadata import CategoryText, ItemMap, read_items
 from elasticrec.data.schema import ColumnMap
-from elasticrec.data.sequences import MANIFEST, Sequences, Store, write_store
+from elasticrec.data.sequences import STORE, Sequences, Store, refuse_foreign, write_store
 from elasticrec.data.sources import RawDataset, fetch
 from elasticrec.data.split import MIN_EVENTS
 from elasticrec.errors import ConfigError, InputError
@@ -101,7 +101,7 @@ def prepare_dataset(
         ConfigError: the catalogue has no such data set.
         FetchError: no mirror delivered it.
     """
-    _refuse_foreign_folder(out)
+    refuse_foreign(out, STORE)
     return prepare_raw(fetch(name, cache=cache, say=say), out, say=say, command=command)
 
 
@@ -112,7 +112,7 @@ def prepare_raw(raw: RawDataset, out: Path, *, say: Say = print, command: str | 
 
 
 def _prepare(*, raw: RawDataset, config: PrepareConfig, say: Say, command: str | None) -> Store:
-    _refuse_foreign_folder(config.out)
+    refuse_foreign(config.out, STORE)
     described = read_items(raw.items, raw.item_map) if raw.items else None  # first: it is small, and may be wrong
     core = Core(min_user_events=config.min_user_events, min_item_events=config.min_item_events)
     with contextlib.ExitStack() as scratch:
@@ -174,12 +174,6 @@ def _through_ray(files: tuple[InputFile, ...], config: PrepareConfig) -> bool:
     ray = sys.modules.get("ray")
     cluster = config.address or os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized())
     return bool(cluster) and sum(file.bytes for file in files) >= RAY_FROM_BYTES
-
-
-def _refuse_foreign_folder(out: Path) -> None:
-    """An older store is replaced; anything else that stands at `out` is the user's."""
-    if out.exists() and not (out / MANIFEST).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"'{out}' exists and is no prepared data set; name another folder for the output")
 
 
 def _notes(ingested: Ingested, raw: RawDataset, core: Core) -> dict[str, Any]:

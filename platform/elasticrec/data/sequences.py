@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from elasticrec.errors import InputError
+from elasticrec.errors import ConfigError, InputError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -90,11 +90,31 @@ class Store:
 
     def items(self) -> pa.Table:
         """Item metadata: item_index, item_id, title, categories (list of strings), count."""
-        return pq.read_table(self.path / "items.parquet", memory_map=True)
+        return _read_table(self.path / "items.parquet")
 
     def users(self) -> pa.Table:
         """user_index, user_id."""
-        return pq.read_table(self.path / "users.parquet", memory_map=True)
+        return _read_table(self.path / "users.parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Replaceable:
+    """What an output folder may hold when it is replaced; everything else that stands there is the user's."""
+
+    name: str  # as in "is no NAME"
+    is_in: Callable[[Path], bool]
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a prepared data set (maybe a damaged one) and holds nothing besides."""
+    try:
+        files = _manifest(folder)["files"]
+    except (InputError, OSError):
+        return False
+    return {entry.name for entry in folder.iterdir()} <= {*files, MANIFEST}
+
+
+STORE = Replaceable("prepared data set", is_store)
 
 
 def open_store(path: str | Path) -> Store:
@@ -134,11 +154,22 @@ def _manifest(root: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise InputError(f"'{root / MANIFEST}' is damaged: {error}; prepare the data set again") from None
-    if not isinstance(manifest, dict) or "schema_version" not in manifest:
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise InputError(f"'{root}' has store schema {version}, this version reads {SCHEMA_VERSION}")
+    if not isinstance(version, int) or not _describes_store(manifest):
         raise InputError(f"'{root / MANIFEST}' is damaged: it describes no store; prepare the data set again")
-    if manifest["schema_version"] > SCHEMA_VERSION:
-        raise InputError(f"'{root}' has store schema {manifest['schema_version']}, this version reads {SCHEMA_VERSION}")
-    return manifest
+    return cast(dict[str, Any], manifest)
+
+
+def _describes_store(manifest: Mapping[str, Any]) -> bool:
+    """Whether counts and files have the types that this module reads; the manifest of a bundle has not."""
+    counts, files = manifest.get("counts"), manifest.get("files")
+    if not isinstance(counts, dict) or not isinstance(files, dict):
+        return False
+    counted = all(isinstance(counts.get(name), int) for name in ("users", "items", "events"))
+    hashed = all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in files.values())
+    return counted and hashed and {"items.arrow", "offsets.arrow"} <= set(files)
 
 
 def write_store(
@@ -159,8 +190,11 @@ def write_store(
         command: the exact command line, kept in the manifest.
         notes: further facts for the manifest (ties, filters, source files).
         event_types: the names that `sequences.event_E` holds the places of.
+
+    Raises:
+        ConfigError: something else than a store is at `path`.
     """
-    with replacing_folder(Path(path)) as partial:
+    with replacing_folder(Path(path), STORE) as partial:
         write_array(partial / "items.arrow", "item", sequences.item_E)
         write_array(partial / "offsets.arrow", "offset", sequences.offset_U1)
         if sequences.time_E is not None:
@@ -190,13 +224,23 @@ def write_manifest(
 
 
 @contextlib.contextmanager
-def replacing_folder(final: Path) -> Iterator[Path]:
-    """Yields a new folder that takes the name `final` when the block ends well, and is removed when it does not."""
+def replacing_folder(final: Path, replaceable: Replaceable | None = None) -> Iterator[Path]:
+    """Yields a new folder that takes the name `final` when the block ends well, and is removed when it does not.
+
+    Args:
+        replaceable: what may stand at `final` before; without it only an empty folder may.
+
+    Raises:
+        ConfigError: something else stands there; it stays as it is.
+    """
+    final = Path(os.path.abspath(final))  # "." has no name to write beside
+    refuse_foreign(final, replaceable)
     partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        refuse_foreign(final, replaceable)  # again: the block may have taken hours
         if final.exists():
             old = final.with_name(f".{final.name}.old-{os.getpid()}")
             final.rename(old)
@@ -206,6 +250,19 @@ def replacing_folder(final: Path) -> Iterator[Path]:
             partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_foreign(final: Path, replaceable: Replaceable | None = None) -> None:
+    """Raises ConfigError when something stands at `final` that is neither an empty folder nor replaceable."""
+    if not os.path.lexists(final) or (final.is_dir() and not any(final.iterdir())):
+        return
+    if replaceable is None:
+        raise ConfigError(f"'{final}' exists already; name another folder for the output")
+    if not final.is_dir() or not replaceable.is_in(final):
+        raise ConfigError(
+            f"'{final}' exists and is no {replaceable.name}, or holds other files too, so it is not replaced; "
+            "remove it or name another folder for the output"
+        )
 
 
 def write_array(path: Path, name: str, values: npt.NDArray[Any]) -> None:
@@ -224,6 +281,13 @@ def _map(path: Path) -> npt.NDArray[Any]:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
         return cast(npt.NDArray[Any], table.column(0).combine_chunks().to_numpy(zero_copy_only=True))
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"'{path}' cannot be read ({error}); prepare the data set again") from None
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, memory_map=True)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"'{path}' cannot be read ({error}); prepare the data set again") from None
 

@@ -32,7 +32,7 @@ from elasticrec.data.files import InputFile, TextFormat, find_files
 from elasticrec.data.metadata import CategoryFlags, CategoryText, ItemMap
 from elasticrec.data.progress import bar
 from elasticrec.data.schema import ColumnMap
-from elasticrec.data.sequences import replacing_folder
+from elasticrec.data.sequences import Replaceable, replacing_folder
 from elasticrec.errors import ConfigError, FetchError, suggestion
 
 Say = Callable[[str], object]
@@ -150,7 +150,7 @@ def fetch(
     reasons = []
     for mirror in dataset.mirrors:
         try:
-            with replacing_folder(root / name / mirror.name) as partial:
+            with replacing_folder(root / name / mirror.name, _download_of(mirror)) as partial:
                 download(mirror, partial, root, say, patience or Patience())
                 _record(partial)
             return _described(dataset, mirror, root)
@@ -286,6 +286,12 @@ def _digests(folder: Path) -> dict[str, str]:
             with path.open("rb") as file:
                 digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
+
+
+def _download_of(mirror: Mirror) -> Replaceable:
+    """A damaged download may be replaced, whatever is missing of it; not what a user put into the cache."""
+    names = {RECORD, *(Path(member).name for member in mirror.layout.members)}
+    return Replaceable("download", lambda folder: {entry.name for entry in folder.iterdir()} <= names)
 
 
 def _is_cached(folder: Path, mirror: Mirror, say: Say) -> bool:

@@ -26,7 +26,7 @@ class FixedOrder:
 
 def popularity(sequences: Sequences, split: SplitData, n_items: int) -> FixedOrder:
     """Scores items by their number of training events."""
-    return FixedOrder(torch.from_numpy(training_counts(sequences, split, n_items)).double())
+    return _untied(training_counts(sequences, split, n_items))
 
 
 def most_recent(sequences: Sequences, split: SplitData, n_items: int) -> FixedOrder:
@@ -35,8 +35,7 @@ def most_recent(sequences: Sequences, split: SplitData, n_items: int) -> FixedOr
     order_S = within_S if sequences.time_E is None else sequences.time_E[train_S]
     last_I = np.full(n_items + 1, -1, dtype=np.int64)
     np.maximum.at(last_I, sequences.item_E[train_S], order_S)
-    # Dense ranks instead of raw times: float32 cannot tell seconds of this century apart. Ties stay ties.
-    return FixedOrder(torch.from_numpy(np.unique(last_I, return_inverse=True)[1]).double())
+    return _untied(last_I)
 
 
 def baselines(sequences: Sequences, split: SplitData, n_items: int) -> dict[str, Scorer]:
@@ -52,3 +51,15 @@ def _training_positions(split: SplitData) -> tuple[Int64, Int64]:
     length_U = split.train_end_U - split.train_start_U
     within_S = np.arange(int(length_U.sum())) - np.repeat(np.cumsum(length_U) - length_U, length_U)
     return np.repeat(split.train_start_U, length_U) + within_S, within_S
+
+
+def _untied(score_I: Int64) -> FixedOrder:
+    """The same order with ties broken at random, always alike.
+
+    The index must not break them: items are numbered by all their events, those of the test included, so it would
+    tell the baseline about the answers (popularity on ML-100K: HR@10 .0859 by index, .0838 at random).
+    """
+    lot_I = np.random.default_rng(0).permutation(len(score_I))
+    place_I = np.empty(len(score_I), dtype=np.int64)
+    place_I[np.lexsort((lot_I, score_I))] = np.arange(len(score_I))  # small numbers: float32 tells them apart
+    return FixedOrder(torch.from_numpy(place_I))

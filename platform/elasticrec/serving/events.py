@@ -1,6 +1,7 @@
 """Events in, durable once acknowledged; the histories that recommendations are made from out."""
 
 import contextlib
+import hashlib
 import sqlite3
 import threading
 import time
@@ -14,18 +15,21 @@ from elasticrec.columns import ITEM, USER
 from elasticrec.data.sequences import Store, open_store
 from elasticrec.errors import ElasticRecError
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _PENDING_PAGES: Final = 1_000  # WAL pages (4 KiB) before SQLite moves them into the database
+
+_SEED, _LIVE = 0, 1  # sources, in the order in which histories give them
 
 _SCHEMA: Final = (
     """CREATE TABLE events (
         event_number INTEGER PRIMARY KEY,  -- order of arrival
+        source       INTEGER NOT NULL,     -- 0: of the data set, 1: live
         user_id      TEXT NOT NULL,
         item_id      TEXT NOT NULL,
         event_type   TEXT,
         timestamp    INTEGER NOT NULL      -- seconds since the epoch
     )""",
-    "CREATE INDEX events_of_user ON events (user_id, event_number, item_id)",  # covers every read
+    "CREATE INDEX events_of_user ON events (user_id, source, event_number, item_id)",  # covers every read
     "CREATE TABLE seeds (fingerprint TEXT PRIMARY KEY, events INTEGER NOT NULL)",
 )
 
@@ -71,7 +75,7 @@ class EventStore(Protocol):
         ...
 
     def history(self, user_id: str, limit: int) -> list[str]:
-        """The newest `limit` item ids of a user in order of arrival, oldest first."""
+        """The newest `limit` item ids of a user, oldest first: those of the seed, then live ones as they arrived."""
         ...
 
     def seen(self, user_id: str) -> set[str]:
@@ -79,7 +83,10 @@ class EventStore(Protocol):
         ...
 
     def seed(self, fingerprint: str, events: Iterable[StoredEvent]) -> int:
-        """Loads a data set once: number of events added, 0 when one with this fingerprint was loaded before."""
+        """Puts a data set before all live events, in place of the one loaded before it.
+
+        Number of events added; 0, and nothing is done, when the one that is loaded has this fingerprint.
+        """
         ...
 
     def close(self) -> None: ...
@@ -112,10 +119,10 @@ class SqliteEventStore:
 
     def append(self, events: Sequence[StoredEvent]) -> None:
         with self._write_lock, self._telling(), self._transaction():
-            self._insert(events)
+            self._insert(events, _LIVE)
 
     def history(self, user_id: str, limit: int) -> list[str]:
-        query = "SELECT item_id FROM events WHERE user_id = ? ORDER BY event_number DESC LIMIT ?"
+        query = "SELECT item_id FROM events WHERE user_id = ? ORDER BY source DESC, event_number DESC LIMIT ?"
         with self._read_lock, self._telling():
             rows = self._reader.execute(query, (user_id, limit)).fetchall()
         return [item_id for (item_id,) in reversed(rows)]
@@ -130,7 +137,9 @@ class SqliteEventStore:
             known = self._writer.execute("SELECT 1 FROM seeds WHERE fingerprint = ?", (fingerprint,)).fetchone()
             if known:
                 return 0
-            count = self._insert(events)
+            self._writer.execute("DELETE FROM events WHERE source = ?", (_SEED,))
+            self._writer.execute("DELETE FROM seeds")
+            count = self._insert(events, _SEED)
             self._writer.execute("INSERT INTO seeds VALUES (?, ?)", (fingerprint, count))
         return count
 
@@ -151,17 +160,23 @@ class SqliteEventStore:
 
     def _prepare(self) -> None:
         self._turn_wal_on()
+        if self._has_schema():  # read without the write lock, which another process may hold for a long seed
+            return
         with self._transaction():
-            (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-            if version > SCHEMA_VERSION:
-                raise EventStoreError(
-                    f"'{self.config.path}' has event schema {version}, this version reads {SCHEMA_VERSION}; "
-                    "take another file or a newer elasticrec"
-                )
-            if version == 0:
+            if not self._has_schema():  # nor did another process make it in the meantime
                 for statement in _SCHEMA:
                     self._writer.execute(statement)
                 self._writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _has_schema(self) -> bool:
+        """False for a new file; raises EventStoreError for one of another version."""
+        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        if version not in (0, SCHEMA_VERSION):
+            raise EventStoreError(
+                f"'{self.config.path}' has event schema {version}, this version reads {SCHEMA_VERSION}; "
+                "take another file, or the elasticrec that wrote this one"
+            )
+        return bool(version)
 
     def _turn_wal_on(self) -> None:
         """The switch to WAL does not wait for other processes by itself, so it is tried again."""
@@ -175,9 +190,9 @@ class SqliteEventStore:
                     raise
             time.sleep(0.01)
 
-    def _insert(self, events: Iterable[StoredEvent]) -> int:
-        rows = ((event.user_id, event.item_id, event.event_type, event.timestamp) for event in events)
-        statement = "INSERT INTO events (user_id, item_id, event_type, timestamp) VALUES (?, ?, ?, ?)"
+    def _insert(self, events: Iterable[StoredEvent], source: int) -> int:
+        rows = ((source, event.user_id, event.item_id, event.event_type, event.timestamp) for event in events)
+        statement = "INSERT INTO events (source, user_id, item_id, event_type, timestamp) VALUES (?, ?, ?, ?, ?)"
         return self._writer.executemany(statement, rows).rowcount
 
     @contextlib.contextmanager
@@ -202,13 +217,20 @@ class SqliteEventStore:
 
 
 def seed_from(store: EventStore, config: SeedConfig) -> int:
-    """Loads a prepared data set into an event store; number of events added, 0 when it was loaded before.
+    """Loads a prepared data set into an event store in place of the one before; number of events added, 0 when it
+    is the one that is loaded.
 
     Raises:
         InputError: there is no prepared data set at `config.data`.
     """
     data = open_store(config.data)
-    return store.seed(data.fingerprint, _events_of(data, config.batch_events))
+    return store.seed(_fingerprint(data), _events_of(data, config.batch_events))
+
+
+def _fingerprint(data: Store) -> str:
+    """Of the sequences and of the ids that their indices stand for: the same indices may mean other users and items."""
+    ids = [data.manifest["files"][name]["sha256"] for name in ("users.parquet", "items.parquet")]
+    return hashlib.sha256("".join([data.fingerprint, *ids]).encode()).hexdigest()
 
 
 def _events_of(data: Store, batch_events: int) -> Iterator[StoredEvent]:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import ray
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ray import serve
@@ -28,6 +29,7 @@ from elasticrec.serving.api import UnavailableError
 from elasticrec.serving.auth import KeyRing, require_loopback
 from elasticrec.serving.events import SeedConfig, SqliteConfig, SqliteEventStore, seed_from
 from elasticrec.serving.gateway import Service, create_app, in_thread
+from elasticrec.serving.placement import require_one_host
 from elasticrec.serving.recommender import Recommender, SplitRecommender
 from elasticrec.serving.scorer import Candidates, Question, Scorer
 
@@ -77,7 +79,7 @@ class FusedReplica:
     def __init__(self, args: Args) -> None:
         torch.set_num_threads(args.threads)  # Ray's OMP_NUM_THREADS follows num_cpus, which may be a fraction
         keys = _open_keys(args)
-        events = _open_events(args)
+        events = _open_events(args, args.replicas, args.num_cpus)
         model = Recommender(open_bundle(args.bundle), events)
         recommend = in_thread(model.recommend, ThreadPoolExecutor(1, thread_name_prefix="model"))
         self._app = create_app(Service(model=model, recommend=recommend, events=events, max_batch=args.max_batch), keys)
@@ -103,7 +105,7 @@ class GatewayReplica:
 
     def __init__(self, args: Args, model: DeploymentHandle[Any]) -> None:
         keys = _open_keys(args)
-        events = _open_events(args)
+        events = _open_events(args, args.gateways, args.gateway_cpus)
         self._model = model
         split = SplitRecommender(
             open_bundle(args.bundle), events, self._score, ThreadPoolExecutor(1, thread_name_prefix="history")
@@ -185,7 +187,9 @@ def _open_keys(args: Args) -> KeyRing | None:
     return None
 
 
-def _open_events(args: Args) -> SqliteEventStore:
+def _open_events(args: Args, replicas: int, num_cpus: float) -> SqliteEventStore:
+    # Asked here and not in the builder, which `serve run` calls before it connects to Ray.
+    require_one_host(ray.nodes(), replicas, num_cpus)
     events = SqliteEventStore(SqliteConfig(path=args.events))
     if args.seed is not None:
         added = seed_from(events, SeedConfig(data=args.seed))

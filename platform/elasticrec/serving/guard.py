@@ -3,13 +3,15 @@
 import json
 from typing import Any
 
+from starlette._utils import get_route_path  # what the router matches: both must see the same path
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from elasticrec.serving.api import MAX_BODY_BYTES, ApiError, BodyTooLargeError, UnauthorizedError
 from elasticrec.serving.auth import KeyRing, key_in
 
-PROTECTED = "/v1/"
+# Everything else needs a key, so that a new route, or a prefix nobody thought of, is closed and not open.
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
 _MAX_DRAINED_BYTES = 64 * MAX_BODY_BYTES
 
 
@@ -40,7 +42,7 @@ class Guard:
             return
         try:
             headers = dict(scope["headers"])
-            self._check_key(scope["path"], headers)
+            self._check_key(get_route_path(scope), headers)
             body = await _read_body(receive)
         except ApiError as error:
             await respond(error)(scope, receive, send)
@@ -49,7 +51,8 @@ class Guard:
             await self._app(scope, _replay(body, receive), send)
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if self._keys is None or not path.startswith(PROTECTED):
+        """`path`: without the prefix (root_path) under which the app is mounted."""
+        if self._keys is None or path in OPEN_PATHS:
             return
         key = key_in(headers)
         if key is None:

@@ -14,6 +14,8 @@ from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.events import EventStore
 from elasticrec.serving.scorer import Question
 
+_EVENTS_PER_POSITION = 4  # stored events read for each position: so many may be of items that this model does not know
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
@@ -64,7 +66,7 @@ class Histories:
         stored: list[str] = []
         seen: set[str] = set()
         if request.user_id is not None:
-            stored = self._events.history(request.user_id, self._max_length)
+            stored = self._events.history(request.user_id, _EVENTS_PER_POSITION * self._max_length)
             seen = self._events.seen(request.user_id)
         items = self._catalogue.indices([*stored, *request.history])
         blocked = self._catalogue.indices(seen.union(request.history, request.exclude))

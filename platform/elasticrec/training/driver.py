@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 
@@ -25,6 +26,7 @@ from elasticrec.training.worker import train_worker
 
 TRAIN_SLOT = "train_slot"  # a node offers as many as workers may train on it (docs/training.md)
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
 
 # Ray waits 20 s for a reservation and up to 60 s for a lost node by default.
 TRAIN_ENVIRONMENT = {
@@ -52,13 +54,40 @@ def fit(run: RunConfig) -> Trained:
     run = dataclasses.replace(run, data=run.data.resolve(), storage=run.storage.resolve())
     _check_store(run, open_store(run.data))
     _check_cluster(run)
-    _remember(run)
-    reservation.release(run.folder)
-    with _environment(TRAIN_ENVIRONMENT):
-        trainer = _trainer(run)
-        reservation.remember(run.folder, trainer)
-        result = trainer.fit()
-    return _finished(run, result)
+    with _alone(run):
+        _remember(run)
+        reservation.release(run.folder)
+        with _environment(TRAIN_ENVIRONMENT):
+            return _finished(run, _fit(run))
+
+
+def _fit(run: RunConfig) -> Result:
+    trainer = _trainer(run)
+    reservation.remember(run.folder, trainer)
+    try:
+        return trainer.fit()
+    except TrainingFailedError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        told = lines[-1].strip() if lines else type(error).__name__
+        raise TrainingError(
+            f"training '{run.name}' failed more than {run.elastic.max_failures} times, at last with: {told}; the "
+            "workers' logs are in the Ray dashboard, and the same command goes on from the last checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone(run: RunConfig) -> Iterator[None]:
+    """Holds the run's lock: two drivers of one run would overwrite each other's checkpoints."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / LOCK_FILE).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"run '{run.name}' in '{run.storage}' is being trained by another process; wait for it, end it, or "
+                "give this run another name"
+            ) from None
+        yield
 
 
 def _trainer(run: RunConfig) -> TorchTrainer:
@@ -84,10 +113,8 @@ def _trainer(run: RunConfig) -> TorchTrainer:
 
 
 def _finished(run: RunConfig, result: Result) -> Trained:
-    if result.error is not None:
-        raise TrainingError(f"training '{run.name}' failed: {result.error}")
     if result.return_value:
-        raise TrainingError(f"training '{run.name}' stopped: {result.return_value['message']}")
+        raise TrainingError(f"training '{run.name}' stopped: {result.return_value}")
     if result.checkpoint is None:
         raise TrainingError(f"training '{run.name}' left no checkpoint in '{run.folder}'")
     folder = Path(result.checkpoint.path)
@@ -110,7 +137,6 @@ def _check_cluster(run: RunConfig) -> None:
 
 def _remember(run: RunConfig) -> None:
     """Keeps the config beside the run, and refuses to go on with a different one under the same name."""
-    run.folder.mkdir(parents=True, exist_ok=True)
     file = run.folder / RUN_FILE
     if file.exists():
         before = from_mapping(RunConfig, json.loads(file.read_text(encoding="utf-8")))

@@ -18,7 +18,7 @@ from torch import Tensor
 from elasticrec.data.plan import Plan, Windows
 from elasticrec.data.sequences import Int64, Store
 from elasticrec.data.split import SplitData, split
-from elasticrec.errors import TrainingError
+from elasticrec.errors import ElasticRecError, TrainingError
 from elasticrec.evaluation.ranking import rank, rank_metrics
 from elasticrec.model.network import Network
 from elasticrec.training import checkpoint
@@ -82,6 +82,11 @@ class Loop:
     """State of one worker. Every worker holds the same state after each step."""
 
     def __init__(self, run: RunConfig, store: Store, host: Host) -> None:
+        """Starts anew, or where the newest whole checkpoint of the host stands.
+
+        Raises:
+            CheckpointError: there are checkpoints, and this run cannot go on from any.
+        """
         self.run, self.store, self.host = run, store, host
         self.split: SplitData = split(run.split, store.sequences)
         self.plan = Plan(run.plan, store.sequences, self.split, run.network.encoder.max_length)
@@ -94,6 +99,7 @@ class Loop:
         self.step = 0
         self.running = (0.0, 0.0)
         self.history: list[dict[str, float]] = []
+        self._resume()
 
     @property
     def total_steps(self) -> int:
@@ -105,7 +111,6 @@ class Loop:
         Raises:
             TrainingError: the loss is no longer finite.
         """
-        self._resume()
         last_save_s = time.monotonic()
         with self._journal() as journal, self.run.sync.attach(self.network, self.optimizer) as link:
             while self.step < self.total_steps and self.best.stale < self.run.validation.patience:
@@ -201,11 +206,17 @@ class Loop:
         """Metrics of the averaged weights on all validation cases, each worker ranking its part."""
         cases = self.split.validation.part(self.host.rank, self.host.world)
         length = self.plan.max_length
-        rank_C = rank(self.averaged.network, self.store.sequences, cases, self.run.evaluation, max_length=length).rank_C
-        parts: list[Any] = [rank_C]
-        if self.host.world > 1:
-            parts = [None] * self.host.world
-            dist.all_gather_object(parts, rank_C)
+        part: Int64 | ElasticRecError
+        try:
+            part = rank(
+                self.averaged.network, self.store.sequences, cases, self.run.evaluation, max_length=length
+            ).rank_C
+        except ElasticRecError as error:  # told by all workers together: one that left alone would hang the others
+            part = error
+        parts: list[Any] = gather(part)
+        for part in parts:
+            if isinstance(part, ElasticRecError):
+                raise part
         return rank_metrics(np.concatenate(parts), self.run.evaluation)[0]
 
     def _save(self, journal: "Journal | _NoJournal", finished: bool = False) -> None:
@@ -259,6 +270,15 @@ class _NoJournal:
     def epoch(self, line: dict[str, Any]) -> None: ...
 
     def flush(self) -> None: ...
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all workers, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _copy(network: Network) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from elasticrec.config import from_mapping
 from elasticrec.data.sequences import open_store
 from elasticrec.errors import ElasticRecError
-from elasticrec.training.loop import Loop
+from elasticrec.training.loop import Loop, gather
 from elasticrec.training.run import RunConfig
 
 
@@ -44,16 +44,27 @@ class RayHost:
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def train_worker(config: dict[str, Any]) -> dict[str, str]:
+def train_worker(config: dict[str, Any]) -> str | None:
     """Entry point on every worker.
 
     Returns the error of a run that cannot succeed however often it is tried, so that the driver raises it instead of
-    Ray starting the workers again.
+    Ray starting the workers again. All workers return it together: one that left alone would hang the others.
     """
     run = from_mapping(RunConfig, config)
     torch.set_num_threads(run.elastic.threads_per_worker)
+    loop = _build(run)
+    problems = [problem for problem in gather(str(loop) if isinstance(loop, ElasticRecError) else None) if problem]
+    if problems or isinstance(loop, ElasticRecError):
+        return str(problems[0])
     try:
-        Loop(run, open_store(run.data), RayHost()).train()
+        loop.train()
     except ElasticRecError as error:
-        return {"error": type(error).__name__, "message": str(error)}
-    return {}
+        return str(error)
+    return None
+
+
+def _build(run: RunConfig) -> Loop | ElasticRecError:
+    try:
+        return Loop(run, open_store(run.data), RayHost())
+    except ElasticRecError as error:
+        return error

@@ -30,7 +30,12 @@ class AllReduce:
         module: nn.Module = _Loss(network)
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world > 1:
-            module = DistributedDataParallel(module, bucket_cap_mb=self.bucket_megabytes, gradient_as_bucket_view=True)
+            module = DistributedDataParallel(
+                module,
+                bucket_cap_mb=self.bucket_megabytes,
+                gradient_as_bucket_view=True,
+                forward_sync_buffers=False,  # masks and distances: constants that every worker has
+            )
         yield AllReduceLink(module, optimizer, world)
 
 

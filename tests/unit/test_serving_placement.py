@@ -1,0 +1,35 @@
+"""Where replicas that keep events may lie, without a cluster."""
+
+from typing import Any
+
+import pytest
+
+from elasticrec.errors import ConfigError
+from elasticrec.serving.placement import require_one_host
+
+
+def node(host: str, *, cpus: float = 4.0, alive: bool = True) -> dict[str, Any]:
+    """What `ray.nodes()` says of a node, as far as it is read; a node without CPUs does not list them."""
+    return {"NodeManagerHostname": host, "Alive": alive, "Resources": {"CPU": cpus} if cpus else {"memory": 1.0}}
+
+
+def test_several_replicas_on_several_hosts_would_each_keep_events_of_their_own() -> None:
+    with pytest.raises(ConfigError, match=r"2 replicas keep events .* 2 hosts \(a, b\)"):
+        require_one_host([node("a"), node("b")], replicas=2, num_cpus=1)
+    with pytest.raises(ConfigError):  # a replica that reserves nothing may lie anywhere
+        require_one_host([node("a"), node("b", cpus=0)], replicas=2, num_cpus=0)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "replicas"),
+    [
+        ([node("a"), node("b")], 1),
+        ([node("a")], 8),
+        ([node("a"), node("a")], 8),
+        ([node("a"), node("b", alive=False)], 2),
+        ([node("head", cpus=0), node("a")], 2),
+    ],
+    ids=["one replica", "one node", "two nodes of one host", "a node that is gone", "a head that runs nothing"],
+)
+def test_replicas_that_share_a_host_share_its_file(nodes: list[dict[str, Any]], replicas: int) -> None:
+    require_one_host(nodes, replicas, num_cpus=1)
