@@ -62,8 +62,15 @@ def _envelope(theme: str, rows: Sequence[dict[str, Any]], checks: Sequence[Check
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         "commit": commit.stdout.strip(),
         "date": datetime.now(UTC).date().isoformat(),
-        "versions": {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "command": shlex.join(["python", "-m", f"benchmarks.{theme}", *sys.argv[1:]]),
         "rows": list(rows),
         "checks": [asdict(check) for check in checks],
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a GPU host may have no Ray, and this project as a source tree
+        return "not installed"

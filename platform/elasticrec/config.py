@@ -55,7 +55,7 @@ def from_mapping(config_type: type[T], raw: Mapping[str, Any], where: str = "") 
             continue
         if key not in fields:
             raise ConfigError(f"unknown key '{_join(where, str(key))}'{suggestion(str(key), fields)}")
-        values[key] = _convert(hints[key], value, _join(where, key))
+        values[key] = _convert(hints[key], _with_kind(fields[key], hints[key], value), _join(where, key))
     missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
     if missing:
         raise ConfigError(f"key '{_join(where, missing[0])}' is required; add it")
@@ -72,6 +72,22 @@ def to_mapping(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [to_mapping(value) for value in config]
     return str(config) if isinstance(config, Path) else config
+
+
+def _with_kind(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+    """Where `kind` is left out, the default's is meant, unless only another kind has a key that is there."""
+    if not isinstance(value, Mapping) or "kind" in value or get_origin(hint) not in (Union, types.UnionType):
+        return value
+    default: Any = None if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if not hasattr(default, "kind"):
+        return value
+    members = [member for member in get_args(hint) if dataclasses.is_dataclass(member)]
+    foreign = set(value) - _names(type(default))
+    return value if any(foreign & _names(member) for member in members) else {"kind": default.kind, **value}
+
+
+def _names(config_type: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(config_type)}
 
 
 def _join(where: str, key: str) -> str:

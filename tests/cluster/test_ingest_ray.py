@@ -43,7 +43,7 @@ def cluster() -> Iterator[None]:
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One log twice: as three csv files, one with no rows, and as parquet of several row groups."""
     folder = tmp_path_factory.mktemp("log")
-    events = generate(SyntheticConfig(users=120, items=60, seed=4, days=0.01))  # many ties in time
+    events = generate(SyntheticConfig(users=120, items=60, seed=4, days=0.01, session_gap_s=0.5))  # many ties in time
     events = events.append_column("rating", pa.array([n % 5 / 2 for n in range(events.num_rows)]))
     half = events.num_rows // 2
     for name, part in (("a", events.slice(0, half)), ("b", events.slice(0, 0)), ("c", events.slice(half))):
@@ -56,7 +56,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("source", "options"),
     [
         ("*.csv", {"time": "timestamp", "event": "event_type", "rating": "rating"}),
-        ("*.parquet", {"time": "timestamp", "min_user_events": 12, "min_item_events": 40}),
+        ("*.parquet", {"time": "timestamp", "min_user_events": 12, "min_item_events": 25}),
         ("*.parquet", {}),
     ],
 )

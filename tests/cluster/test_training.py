@@ -17,15 +17,16 @@ import torch
 import yaml
 
 from elasticrec.artifact.bundle import verify_bundle
-from elasticrec.cli.local_cluster import LocalCluster, LocalClusterConfig, local_cluster
+from elasticrec.cli.local_cluster import LocalCluster, LocalClusterConfig, LocalNode, local_cluster
 from elasticrec.config import load, to_mapping
 from elasticrec.data.plan import Plan
 from elasticrec.data.sequences import Sequences, Store, open_store, write_store
 from elasticrec.data.split import split
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import NetworkConfig
-from elasticrec.training.journal import STEPS, read
-from elasticrec.training.loop import LocalHost, Loop
+from elasticrec.training.host import LocalHost
+from elasticrec.training.journal import STARTS, STEPS, read
+from elasticrec.training.loop import Loop
 from elasticrec.training.run import CheckpointConfig, ElasticConfig, RunConfig, ValidationConfig
 
 pytestmark = pytest.mark.timeout(600)
@@ -99,6 +100,9 @@ class Training:
     def steps(self) -> list[dict[str, Any]]:
         return read(self.run.folder / STEPS)
 
+    def starts(self) -> list[dict[str, Any]]:
+        return read(self.run.folder / STARTS)
+
     def wait_for(self, reached: Callable[[], bool], timeout_s: float = 120) -> None:
         deadline_s = time.monotonic() + timeout_s
         while not reached():
@@ -113,7 +117,7 @@ class Training:
         return self._log.read_text()[-4000:]
 
     def checkpoints(self) -> list[Path]:
-        return sorted(state.parent for state in self.run.folder.glob("checkpoint_*/state.json"))
+        return sorted(state.parent for state in self.run.folder.glob("checkpoints/*/state.json"))
 
     def saved_step(self) -> int:
         """Where the newest checkpoint stands; -1 without any, or when it was just replaced by a newer one."""
@@ -176,10 +180,18 @@ def test_a_killed_worker_costs_no_sample(cluster: LocalCluster, data: Path, tmp_
     verify_bundle(training.run.folder / "bundle")
 
 
-def test_the_same_command_goes_on_after_the_driver_died(cluster: LocalCluster, data: Path, tmp_path: Path) -> None:
+def test_the_same_command_goes_on_whatever_ended_it(cluster: LocalCluster, data: Path, tmp_path: Path) -> None:
     run = run_config(data, tmp_path / "runs", "driver", epochs=60)
+    given_up = Training(replace(run, elastic=replace(run.elastic, max_failures=0)), cluster)
+    given_up.wait_for(lambda: len(given_up.checkpoints()) > 0)
+    os.kill(min(train_workers(cluster)), signal.SIGKILL)
+    assert given_up.process.wait(120) == 2
+    assert "failed more than 0 times" in given_up.log()
+    assert "Traceback" not in given_up.log()
+
     first = Training(run, cluster)
-    first.wait_for(lambda: len(first.checkpoints()) > 0 and len(first.steps()) > 0)
+    begin = first.saved_step()
+    first.wait_for(lambda: first.saved_step() > begin)
     first.process.kill()
     first.process.wait()
     assert 0 < first.saved_step() < 60 * 4
@@ -201,33 +213,44 @@ def test_the_same_command_goes_on_after_the_driver_died(cluster: LocalCluster, d
     assert "give this run another name" in fourth.log()
 
 
-def test_a_run_that_cannot_go_on_says_why_in_one_message(cluster: LocalCluster, data: Path, tmp_path: Path) -> None:
-    run = run_config(data, tmp_path / "runs", "given-up", epochs=120)
-    training = Training(replace(run, elastic=replace(run.elastic, max_failures=0)), cluster)
-    training.wait_for(lambda: len(training.checkpoints()) > 0)
-    os.kill(min(train_workers(cluster)), signal.SIGKILL)
-    assert training.process.wait(120) == 2
-    assert "failed more than 0 times" in training.log()
-    assert "Traceback" not in training.log()
-
-
-def test_a_node_that_joins_and_dies_costs_no_sample(data: Path, tmp_path: Path) -> None:
+def test_a_node_that_joins_is_drained_or_dies_costs_no_sample(data: Path, tmp_path: Path) -> None:
     with local_cluster(LocalClusterConfig(num_cpus=1, train_slots=1)) as cluster:
-        training = Training(run_config(data, tmp_path / "runs", "node", epochs=300), cluster)
+        training = Training(run_config(data, tmp_path / "runs", "node", epochs=400), cluster)
         training.wait_for(lambda: len(training.steps()) > 0)
+        node = cluster.add_node(num_cpus=1, train_slots=1)
+        training.wait_for(lambda: training.steps()[-1]["workers"] == 2)
+        drain(cluster, node)
+        training.wait_for(lambda: training.steps()[-1]["workers"] == 1)
+        assert training.starts()[-1]["again"] == 0
+        cluster.remove_node(node)
+
         node = cluster.add_node(num_cpus=1, train_slots=1)
         training.wait_for(lambda: training.steps()[-1]["workers"] == 2)
         joined = training.steps()[-1]["step"]
         training.wait_for(lambda: training.saved_step() > joined)
         written = training.saved_step()
-        training.wait_for(lambda: training.saved_step() > written)  # the one before it is committed for certain
         cluster.remove_node(node)
         training.wait_for(lambda: training.steps()[-1]["workers"] == 1)
         training.finish()
-    assert max(line["step"] for line in training.steps() if line["workers"] == 2) >= written - 1
+    assert training.starts()[-1]["step"] >= written
     assert {line["workers"] for line in training.steps()} == {1, 2}
     assert_every_sample_once(training, open_store(data))
     assert_same_curve(training, open_store(data), tmp_path)
+
+
+def drain(cluster: LocalCluster, node: LocalNode) -> None:
+    """The notice that a spot instance gets."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    notice = [
+        "--reason",
+        "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message",
+        "test",
+        "--deadline-remaining-seconds",
+        "60",
+    ]
+    command = [ray, "drain-node", "--address", cluster.address, "--node-id", node.node_id, *notice]
+    subprocess.run(command, env=cluster.env, check=True, capture_output=True)
 
 
 def test_a_cluster_without_slots_is_told_so(data: Path, tmp_path: Path) -> None:

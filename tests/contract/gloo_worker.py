@@ -1,15 +1,17 @@
-"""Rank, world, a run and its store in; one worker that trains over gloo without Ray, and the state it ended with out.
+"""Rank, world and a list of trials in; one worker that does them over gloo without Ray, and what it held at last out.
 
-    python tests/contract/gloo_worker.py RANK WORLD RUN.json STORE FOLDER
+    python tests/contract/gloo_worker.py RANK WORLD TRIALS.json STORE FOLDER
 
-Workers meet at a file in FOLDER, so that no port has to be found. Each leaves FOLDER/worker-RANK.safetensors; the
-journal of the first lies where the run says.
+Starting torch takes longer than a trial, so the same processes do one trial after the other. They meet at a file in
+FOLDER, so that no port has to be found. Each trial has FOLDER/NAME: journal, checkpoints, and what each worker leaves.
 """
 
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,39 +19,175 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from elasticrec.config import from_mapping
-from elasticrec.data.sequences import open_store
+from elasticrec.data.sequences import Store, open_store
+from elasticrec.model.history import History
+from elasticrec.model.loss import Batch
+from elasticrec.training.host import LocalHost
 from elasticrec.training.loop import Loop
+from elasticrec.training.optimizer import OptimizerConfig
 from elasticrec.training.run import RunConfig
+from elasticrec.training.sync.protocol import Link, Tokens
+
+STILL_STEPS = 8
 
 
-class GlooHost:
-    """A worker among processes of one machine that keeps no checkpoints."""
+class Killed(BaseException):
+    """What ends a run from outside."""
 
-    device = torch.device("cpu")
 
-    def __init__(self, rank: int, world: int) -> None:
-        self.rank, self.world = rank, world
+class DyingHost(LocalHost):
+    """All workers die together at the first checkpoint after step `after`, before it is written."""
 
-    def checkpoints(self) -> Iterable[Path]:
-        return ()
+    def __init__(self, folder: Path, rank: int, world: int, after: int) -> None:
+        super().__init__(folder, rank=rank, world=world)
+        self._after = after
 
     def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
-        dist.barrier()  # as Ray Train's does
+        if metrics["step"] > self._after:
+            raise Killed
+        super().report(metrics, write)
 
 
-def main(rank: int, world: int, run_file: Path, store: Path, folder: Path) -> None:
-    """Trains to the end as one of `world` workers."""
+def train(run: RunConfig, store: Store, host: LocalHost) -> Loop:
+    loop = Loop(run, store, host)
+    loop.train()
+    return loop
+
+
+def resume(run: RunConfig, store: Store, rank: int, world: int, after: int) -> Loop:
+    """The run, killed and done again by new loops; resumed in the midst of training."""
+    try:
+        train(run, store, DyingHost(run.folder, rank, world, after))
+    except Killed:
+        dist.barrier()
+    loop = Loop(run, store, LocalHost(run.folder, rank=rank, world=world))
+    assert 0 < loop.step < loop.total_steps
+    loop.train()
+    return loop
+
+
+def leave(loop: Loop, folder: Path, rank: int) -> None:
+    """Everything that a checkpoint would hold, and how many numbers this worker holds itself."""
+    state = loop.state()
+    held = sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in state.values())
+    whole = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
+    save_file({name: tensor.contiguous() for name, tensor in whole.items()}, folder / f"worker-{rank}.safetensors")
+    _write(folder / f"held-{rank}.json", {"numbers": held, "of": sum(tensor.numel() for tensor in whole.values())})
+
+
+class Still:
+    """Steps that move nothing by themselves (a rate of zero), so that only what travels changes parameters."""
+
+    def __init__(self, run: RunConfig, store: Store, rank: int, world: int) -> None:
+        optimizer = OptimizerConfig(learning_rate=1e-30, weight_decay=0.0)
+        self._loop = Loop(
+            dataclasses.replace(run, optimizer=optimizer), store, LocalHost(run.folder, rank=rank, world=world)
+        )
+        self._rank, self._world, self._folder = rank, world, run.storage
+        self._values = [parameter.detach() for parameter in self._loop.network.parameters()]
+
+    def __call__(self, scatter: bool, lead: tuple[int, int] | None) -> None:
+        """Leaves the bytes sent after each step, after `average` and after `agree`; mean and spread of parameters.
+
+        Args:
+            scatter: parameters are different on each worker at first.
+            lead: (first, ahead): the first worker stands still after `first` steps until all others are `ahead` of it.
+        """
+        sent, spread = [], []
+        with self._loop.run.sync.attach(self._loop.loss, self._loop.optimizer) as link:
+            if scatter:  # later than a wrapper that makes all workers begin with the same
+                self._scatter()
+            before = self._mean()
+            for step in range(STILL_STEPS):
+                self._wait_for_others(step, lead)
+                self._step(link, step)
+                sent.append(link.sent_bytes)
+                spread.append(self._spread() if lead is None else 0.0)
+            link.average([torch.zeros_like(value) for value in self._values])
+            sent.append(link.sent_bytes)
+            link.agree()
+            sent.append(link.sent_bytes)
+        away = max(float((a - b).abs().max()) for a, b in zip(before, self._mean(), strict=True))
+        told = {"sent": sent, "spread": spread, "away": away, "spread_after": self._spread()}
+        _write(self._folder / f"still-{self._rank}.json", told)
+
+    def _step(self, link: Link, step: int) -> None:
+        users = self._loop.plan.users(step)
+        windows = self._loop.plan.windows(step, users)
+        batch = Batch(History.of(windows), torch.from_numpy(windows.target_BT))
+        link.accumulate(batch, Tokens(step=windows.tokens, worker=windows.tokens), last=True)
+        link.step()
+        (self._folder / f"step-{step}-{self._rank}").touch()
+
+    def _wait_for_others(self, step: int, lead: tuple[int, int] | None) -> None:
+        if lead is None or self._rank or step != lead[0]:
+            return
+        others = [self._folder / f"step-{sum(lead) - 1}-{rank}" for rank in range(1, self._world)]
+        patience_s = time.monotonic() + 20
+        while not all(other.exists() for other in others):
+            assert time.monotonic() < patience_s, "the others wait for this worker"
+            time.sleep(0.005)
+
+    def _scatter(self) -> None:
+        generator = torch.Generator().manual_seed(self._rank)
+        for value in self._values:
+            value.copy_(torch.randn(value.shape, generator=generator))
+
+    def _mean(self) -> list[Tensor]:
+        means = [value.double() for value in self._wholes()]
+        for mean in means:
+            dist.all_reduce(mean)
+        return [mean / self._world for mean in means]
+
+    def _spread(self) -> float:
+        """The largest distance of any number of any worker from the mean."""
+        pairs = zip(self._wholes(), self._mean(), strict=True)
+        far = torch.tensor(max(float((value.double() - mean).abs().max()) for value, mean in pairs))
+        dist.all_reduce(far, dist.ReduceOp.MAX)
+        return float(far)
+
+    def _wholes(self) -> list[Tensor]:
+        return [value.full_tensor() if isinstance(value, DTensor) else value for value in self._values]
+
+
+def _write(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value), encoding="utf-8")
+
+
+def main(rank: int, world: int, trials: Path, store_folder: Path, folder: Path) -> None:
+    """Does each trial as one of `world` workers."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     meeting = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    run = from_mapping(RunConfig, json.loads(run_file.read_text(encoding="utf-8")))
-    loop = Loop(run, open_store(store), GlooHost(rank, world))
-    loop.train()
-    save_file(loop._state(), folder / f"worker-{rank}.safetensors")
+    store = open_store(store_folder)
+    for trial in json.loads(trials.read_text(encoding="utf-8")):
+        start_s = time.monotonic()
+        run = from_mapping(RunConfig, trial["run"])
+        whole = dataclasses.replace(run, storage=run.storage / "whole")
+        leave(train(whole, store, LocalHost(whole.folder, rank=rank, world=world)), _made(whole.storage), rank)
+        again = dataclasses.replace(run, storage=run.storage / "again")
+        leave(resume(again, store, rank, world, trial["dies_after"]), _made(again.storage), rank)
+        Still(dataclasses.replace(run, storage=_made(run.storage / "still")), store, rank, world)(
+            trial["scatter"], None
+        )
+        if trial["lead"]:
+            Still(dataclasses.replace(run, storage=_made(run.storage / "lead")), store, rank, world)(
+                trial["scatter"], tuple(trial["lead"])
+            )
+        if rank == 0:
+            print(trial["name"], f"{time.monotonic() - start_s:.2f} s", file=sys.stderr)
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 if __name__ == "__main__":

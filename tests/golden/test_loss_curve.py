@@ -23,10 +23,13 @@ from elasticrec.errors import CheckpointError, TrainingError
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import NetworkConfig
 from elasticrec.training.checkpoint import STATE, TENSORS, read_tensors
-from elasticrec.training.journal import EPOCHS, STEPS, read
-from elasticrec.training.loop import LocalHost, Loop
+from elasticrec.training.driver import check_checkpoints
+from elasticrec.training.host import LocalHost, Preempted
+from elasticrec.training.journal import EPOCHS, STARTS, STEPS, read
+from elasticrec.training.loop import Loop
 from elasticrec.training.optimizer import OptimizerConfig
 from elasticrec.training.run import CheckpointConfig, RunConfig, ValidationConfig
+from elasticrec.training.sync.all_reduce import AllReduce
 
 GOLDEN = Path(__file__).with_suffix(".json")
 DROPOUTS = {"dropout 0": 0.0, "dropout 0.2": 0.2}
@@ -51,7 +54,8 @@ def make_store(folder: Path) -> Store:
 
 def config(storage: Path, dropout: float) -> RunConfig:
     """20 steps of 16 users, 15 of them in the last of an epoch's 4; a checkpoint after every step."""
-    encoder = EncoderConfig(width=16, blocks=2, max_length=8, dropout=dropout)
+    packed = dropout == 0  # the curve with dropout draws a mask for every position, padding too
+    encoder = EncoderConfig(width=16, blocks=2, max_length=8, dropout=dropout, packed=packed)
     return RunConfig(
         name="run",
         storage=storage,
@@ -59,8 +63,9 @@ def config(storage: Path, dropout: float) -> RunConfig:
         network=NetworkConfig(encoder=encoder),
         plan=PlanConfig(batch_users=16, shards=4, seed=3),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5, ema_decay=0.9),
+        sync=AllReduce(meet_every=1),
         validation=ValidationConfig(every_epochs=1),
-        checkpoint=CheckpointConfig(interval_s=0),
+        checkpoint=CheckpointConfig(interval_s=0, background=False),
     )
 
 
@@ -190,7 +195,7 @@ def test_an_interrupted_run_is_bit_for_bit_the_undisturbed_one(
 def assert_same_state(one: Loop, other: Loop) -> None:
     """In memory and in the last checkpoint: network, averages, best weights, optimizer."""
     newest = [read_tensors(next(iter(loop.host.checkpoints()))) for loop in (one, other)]
-    for own, expected in ((one._state(), other._state()), newest):
+    for own, expected in ((one.state(), other.state()), newest):
         assert own.keys() == expected.keys()
         assert {name.split(".")[0] for name in own} == {"network", "averaged", "best", "optimizer"}
         for name in own:
@@ -198,12 +203,12 @@ def assert_same_state(one: Loop, other: Loop) -> None:
 
 
 def test_a_finished_run_is_not_trained_again(undisturbed: Loop) -> None:
-    before = undisturbed._state()
+    before = undisturbed.state()
     again = Loop(undisturbed.run, undisturbed.store, undisturbed.host)
     again.train()
     assert again.step == TOTAL_STEPS
     assert len(read(undisturbed.run.folder / STEPS)) == TOTAL_STEPS
-    assert all(torch.equal(tensor, before[name]) for name, tensor in again._state().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.state().items())
 
 
 def test_two_checkpoints_are_kept(undisturbed: Loop) -> None:
@@ -224,8 +229,9 @@ def test_a_checkpoint_of_another_data_set_is_refused(undisturbed: Loop, tmp_path
     sequences = undisturbed.store.sequences
     other = dataclasses.replace(sequences, item_E=sequences.item_E[::-1].copy())
     store = write_store(tmp_path / "store", other, undisturbed.store.users(), undisturbed.store.items(), command="test")
-    with pytest.raises(CheckpointError, match="was made with another plan or data set"):
-        train(undisturbed.run, store)
+    for attempt in (train, check_checkpoints):  # a worker, and the driver before it starts any
+        with pytest.raises(CheckpointError, match="was made with another plan or data set"):
+            attempt(undisturbed.run, store)
 
 
 def test_a_checkpoint_of_another_plan_is_refused(undisturbed: Loop) -> None:
@@ -246,9 +252,50 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(store: Store, tmp_path:
 def test_a_loss_that_is_not_finite_names_step_and_way_out(store: Store, tmp_path: Path) -> None:
     loop = Loop(config(tmp_path, 0.0), store, LocalHost(tmp_path / "run"))
     with torch.no_grad():
-        loop.network.head.log_scale.fill_(float("nan"))
+        loop.network.get_parameter("head.log_scale").fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"the loss is not finite at step 0 \(first users of the batch: \[.*lower"):
         loop.train()
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(store: Store, tmp_path: Path) -> None:
+    run = config(tmp_path, 0.0)
+    with pytest.raises(Killed):
+        Loop(run, store, DyingHost(run.folder, at=3)).train()
+    loop = Loop(run, store, LocalHost(run.folder))
+    with torch.no_grad():
+        loop.network.get_parameter("head.log_scale").fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"not finite at step 2 .* the last good checkpoint is '.*/000000000002'"):
+        loop.train()
+    assert [path.name for path in LocalHost(run.folder).checkpoints()] == ["000000000002", "000000000001"]
+
+
+class LeavingHost(LocalHost):
+    """Was given notice before the meeting after step `at`."""
+
+    meetings = 0
+
+    def __init__(self, folder: Path, at: int) -> None:
+        super().__init__(folder)
+        self._at = at
+
+    def leaving(self) -> bool:
+        self.meetings += 1
+        return self.meetings == self._at
+
+
+def test_a_notice_costs_no_step(undisturbed: Loop, tmp_path: Path) -> None:
+    """Also where checkpoints are rare, and written in the background."""
+    kept = CheckpointConfig(interval_s=1000)
+    run = dataclasses.replace(undisturbed.run, storage=tmp_path, checkpoint=kept)
+    for already, steps in ((0, 6), (6, 7)):
+        loop = Loop(run, undisturbed.store, LeavingHost(run.folder, at=steps))
+        assert loop.step == already
+        with pytest.raises(Preempted, match=f"step {already + steps} is in a checkpoint"):
+            loop.train()
+    resumed = train(run, undisturbed.store)
+    assert curve(resumed.run) == curve(undisturbed.run)
+    assert [(line["step"], line["again"]) for line in read(run.folder / STARTS)] == [(0, 0), (6, 0), (13, 0)]
+    assert all(torch.equal(tensor, undisturbed.state()[name]) for name, tensor in resumed.state().items())
 
 
 if __name__ == "__main__":

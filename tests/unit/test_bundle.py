@@ -17,6 +17,7 @@ import torch
 from elasticrec.artifact.bundle import Bundle, open_bundle, verify_bundle, write_bundle
 from elasticrec.errors import BundleError, ConfigError
 from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.history import History
 from elasticrec.model.network import Network, NetworkConfig
 
 N_ITEMS = 20
@@ -63,18 +64,19 @@ HISTORY_BT = torch.tensor([[0, 0, 3, 4, 5, 6], [1, 2, 3, 4, 5, 20]])
 READ_ELSEWHERE = """
 import sys, torch
 from elasticrec.artifact.bundle import open_bundle
+from elasticrec.model.history import History
 bundle = open_bundle(sys.argv[1])
 network = bundle.network()
 assert not network.training and not any(p.requires_grad for p in network.parameters())
 history_BT = torch.tensor([[0, 0, 3, 4, 5, 6], [1, 2, 3, 4, 5, 20]])
-torch.save(network.scores(history_BT), sys.argv[2])
+torch.save(network.scores(History(history_BT)), sys.argv[2])
 """
 
 
 def test_network_scores_the_same_in_a_fresh_process(bundle: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "scores.pt"
     subprocess.run([sys.executable, "-c", READ_ELSEWHERE, bundle.uri, str(out)], check=True, timeout=120)
-    assert torch.equal(torch.load(out), _network().scores(HISTORY_BT))
+    assert torch.equal(torch.load(out), _network().scores(History(HISTORY_BT)))
 
 
 def test_manifest_says_what_it_is_and_where_it_came_from(bundle: Bundle) -> None:
@@ -243,7 +245,7 @@ def test_bundles_live_on_other_filesystems(tmp_path: Path) -> None:
     bundle = _write(uri)
     assert bundle.uri == uri
     verify_bundle(uri)
-    assert torch.equal(open_bundle(uri).network().scores(HISTORY_BT), _network().scores(HISTORY_BT))
+    assert torch.equal(open_bundle(uri).network().scores(History(HISTORY_BT)), _network().scores(History(HISTORY_BT)))
     assert open_bundle(uri).items().equals(_items())
     with pytest.raises(BundleError, match="never overwritten"):
         _write(uri)

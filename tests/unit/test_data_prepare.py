@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elasticrec.data import tables
 from elasticrec.data.ingest import Core, core_filter
 from elasticrec.data.prepare import PrepareConfig, prepare
 from elasticrec.data.sequences import Store, open_store, verify_store
-from elasticrec.data.synthetic import SyntheticConfig, describe_items, generate
+from elasticrec.data.synthetic import SyntheticConfig, generate
 from elasticrec.errors import ConfigError, InputError
 
 LOG = """\
@@ -164,6 +165,46 @@ def test_core_filter_is_the_fixed_point(pairs: list[tuple[int, int]], users: int
         assert np.flatnonzero(keep_E).tolist() == left
 
 
+def test_whole_numbers_and_their_text_give_the_same_store(tmp_path: Path) -> None:
+    log = generate(SyntheticConfig(users=50, seed=3, text_ids=False))
+    pq.write_table(log.slice(0, 400), tmp_path / "a.parquet")
+    pacsv.write_csv(log.slice(400), tmp_path / "b.csv")
+    pacsv.write_csv(log, tmp_path / "whole.csv")
+    hashes = []
+    for source in ("[ab].*", "whole.csv"):
+        config = PrepareConfig(interactions=(str(tmp_path / source),), out=tmp_path / "store", time="timestamp")
+        store = prepare(config, say=len)
+        hashes.append({name: entry["sha256"] for name, entry in store.manifest["files"].items()})
+    assert hashes[0] == hashes[1]
+
+
+def test_the_columns_of_a_filtered_log_stay_together(tmp_path: Path) -> None:
+    log = LOG.replace("eve,tea,20,1,view", "eve,tea,20,1,gift")
+    store, _ = store_of(tmp_path, log, time="timestamp", rating="rating", event="kind", min_user_events=3)
+    sequences = store.sequences
+    assert store.users()["user_id"].to_pylist() == ["bob", "ann"]
+    assert store.event_types == ["buy", "view"]  # gift went with eve
+    assert sequences.item_E.tolist() == [2, 1, 1, 3, 2, 1]
+    assert sequences.rating_E is not None
+    assert sequences.rating_E.tolist() == [3, 5, 1, 1, 4, 2]
+    assert sequences.event_E is not None
+    assert sequences.event_E.tolist() == [0, 1, 1, 1, 1, 0]
+
+
+def test_units_are_agreed_across_the_blocks_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_BLOCK_ROWS", 2)
+    seconds = [1_700_000_000] * 4 + [1_700_000_000_000]
+    table = pa.table({"user_id": [1] * 5, "item_id": [1] * 5, "timestamp": seconds})
+    pq.write_table(table, tmp_path / "log.parquet", row_group_size=1)
+    config = PrepareConfig(interactions=(str(tmp_path / "log.parquet"),), out=tmp_path / "store", time="timestamp")
+    with pytest.raises(InputError, match=r"times are in seconds in '.*log.parquet' and in milliseconds"):
+        prepare(config, say=len)
+    pq.write_table(table.set_column(1, "item_id", pa.array(["a", "b", "c", "", "d"])), tmp_path / "log.parquet")
+    with pytest.raises(InputError, match=r"row 4, column 'item_id': is empty"):
+        prepare(config, say=len)
+    assert os.listdir(tmp_path) == ["log.parquet"]
+
+
 def test_csv_parquet_and_cut_into_files_give_the_same_store(tmp_path: Path) -> None:
     log = generate(SyntheticConfig(users=50, seed=3))
     pacsv.write_csv(log, tmp_path / "whole.csv")
@@ -180,27 +221,3 @@ def test_csv_parquet_and_cut_into_files_give_the_same_store(tmp_path: Path) -> N
         hashes = {name: entry["sha256"] for name, entry in store.manifest["files"].items()}
         fingerprints.add(tuple(sorted(hashes.items())))
     assert len(fingerprints) == 1
-
-
-def test_synthetic_logs_are_seeded_and_have_structure() -> None:
-    config = SyntheticConfig(users=300, items=80, seed=1)
-    log = generate(config)
-    assert log.equals(generate(config))
-    assert not log.equals(generate(SyntheticConfig(users=300, items=80, seed=2)))
-    assert log["timestamp"].to_pylist() == sorted(log["timestamp"].to_pylist())
-    assert set(log["item_id"].to_pylist()) <= set(describe_items(config)["item_id"].to_pylist())
-    lengths = log.group_by("user_id").aggregate([([], "count_all")])["count_all"]
-    assert len(lengths) == 300
-    assert min(lengths.to_pylist()) >= config.min_events
-    assert _share_of_successors(log, config) > 0.35  # follow_rate 0.5, less what ties in time put out of order
-
-
-def _share_of_successors(log: pa.Table, config: SyntheticConfig) -> float:
-    last: dict[str, int] = {}
-    hits = []
-    for user, item in zip(log["user_id"].to_pylist(), log["item_id"].to_pylist(), strict=True):
-        index = int(item[1:])
-        if user in last:
-            hits.append(index == (last[user] + config.interests) % config.items)
-        last[user] = index
-    return sum(hits) / len(hits)

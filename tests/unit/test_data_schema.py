@@ -140,7 +140,7 @@ def test_byte_order_mark_crlf_and_gzip_are_read(tmp_path: Path) -> None:
 
 
 def test_whole_floats_of_pandas_are_ids(tmp_path: Path) -> None:
-    assert read(parquet(tmp_path, u=[1.0, 2.0])).events["user_id"].to_pylist() == ["1", "2"]
+    assert read(parquet(tmp_path, u=[1.0, 2.0])).events["user_id"].to_pylist() == [1, 2]
 
 
 def test_dictionaries_and_timestamps_of_parquet(tmp_path: Path) -> None:

@@ -69,6 +69,10 @@ def test_arrays_are_mapped_and_read_only(tmp_path: Path) -> None:
     store = written(tmp_path / "store", [3, 4])
     assert not store.sequences.item_E.flags.owndata
     assert not store.sequences.item_E.flags.writeable
+    address = store.sequences.item_E.__array_interface__["data"][0]
+    spans = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "items.arrow" in line]
+    bounds = [[int(end, 16) for end in span[0].split("-")] for span in spans]
+    assert any(begin <= address < end for begin, end in bounds)  # not a copy
 
 
 def test_fingerprint_follows_the_sequences_alone(tmp_path: Path) -> None:
@@ -150,6 +154,17 @@ def test_a_store_takes_the_place_of_a_store_or_of_nothing(tmp_path: Path) -> Non
     (tmp_path / "store" / "times.arrow").unlink()  # a damaged one, too
     assert written(tmp_path / "store", [5]).n_users == 1
     assert os.listdir(tmp_path) == ["store"]
+
+
+def test_behind_a_link_the_store_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    written(tmp_path / "disk" / "real", [3, 4])
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    assert written(tmp_path / "link", [5]).n_users == 1
+    assert (tmp_path / "link").is_symlink()
+    assert open_store(tmp_path / "disk" / "real").n_users == 1
+    assert os.listdir(tmp_path / "disk") == ["real"]
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link"]
 
 
 def test_what_is_no_store_keeps_its_place(tmp_path: Path) -> None:

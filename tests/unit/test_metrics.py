@@ -14,7 +14,7 @@ from torch import Tensor
 from elasticrec.data.sequences import Sequences, write_store
 from elasticrec.data.split import Cases, LeaveOneOut, SplitData, split
 from elasticrec.errors import ConfigError, ElasticRecError
-from elasticrec.evaluation import metrics
+from elasticrec.evaluation import metrics, ranking
 from elasticrec.evaluation.baselines import FixedOrder, baselines, most_recent, popularity
 from elasticrec.evaluation.quality import measure
 from elasticrec.evaluation.ranking import (
@@ -28,6 +28,7 @@ from elasticrec.evaluation.ranking import (
     summarize,
     training_counts,
 )
+from elasticrec.model.history import History
 
 
 def sequences_of(*users: list[int], times: list[int] | None = None) -> Sequences:
@@ -49,8 +50,8 @@ class ByLastItem:
     def __init__(self, score_II: Tensor) -> None:
         self.score_II = score_II
 
-    def scores(self, item_BT: Tensor) -> Tensor:
-        return self.score_II[item_BT[:, -1].long()]
+    def scores(self, history: History) -> Tensor:
+        return self.score_II[history.item_BT[:, -1].long()]
 
 
 # Ranks 0, 2, 9, 10 and a miss, by hand.
@@ -94,8 +95,8 @@ def test_standard_error_by_hand() -> None:
 
 
 def test_summary_cuts_the_list_at_each_k() -> None:
-    ranking = Ranking(rank_C=np.array([1]), top_CK=np.array([[2, 1]]))
-    report = summarize(ranking, EvaluationConfig(ks=(1, 2)), count_I=np.array([0, 3, 1, 0]))
+    one = Ranking(rank_C=np.array([1]), top_CK=np.array([[2, 1]]))
+    report = summarize(one, EvaluationConfig(ks=(1, 2)), count_I=np.array([0, 3, 1, 0]))
     assert report.cases == 1
     assert (report.metrics["coverage@1"], report.metrics["coverage@2"]) == pytest.approx((1 / 3, 2 / 3))
     assert (report.metrics["novelty@1"], report.metrics["novelty@2"]) == pytest.approx((2, (2 - math.log2(0.75)) / 2))
@@ -181,8 +182,8 @@ def test_progress_counts_cases() -> None:
 def test_histories_are_right_aligned_and_hold_the_newest() -> None:
     sequences = sequences_of([1, 2, 3, 4, 5], [6, 7, 8])
     cases = split(LeaveOneOut(), sequences)
-    assert histories(sequences, cases.validation, 4).tolist() == [[0, 1, 2, 3], [0, 0, 0, 6]]
-    assert histories(sequences, cases.test, 3).tolist() == [[2, 3, 4], [0, 6, 7]]
+    assert histories(sequences, cases.validation, 4).item_BT.tolist() == [[0, 1, 2, 3], [0, 0, 0, 6]]
+    assert histories(sequences, cases.test, 3).item_BT.tolist() == [[2, 3, 4], [0, 6, 7]]
 
 
 def slow_ranking(
@@ -240,6 +241,27 @@ def test_the_size_of_a_batch_does_not_matter(batch: int) -> None:
     assert one.cases == 65
 
 
+def test_scores_of_a_large_catalogue_are_held_for_a_few_cases_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more scores than the budget, and in sum the same ranks."""
+    n_items, sizes = 500, []
+    sequences = sequences_of(*([user % n_items + 1, 2, user * 7 % n_items + 1] for user in range(30)))
+
+    class Counting(ByLastItem):
+        def scores(self, history: History) -> Tensor:
+            sizes.append(len(history.item_BT))
+            return super().scores(history)
+
+    scorer = Counting(torch.rand(n_items + 1, n_items + 1, generator=torch.Generator().manual_seed(0)))
+    whole = ranking_of(scorer, sequences)
+    assert max(sizes) == 30
+    sizes.clear()
+    monkeypatch.setattr(ranking, "SCORE_BYTES", 8 * 20 * (n_items + 1))
+    parts = ranking_of(scorer, sequences, batch_cases=20)
+    assert sizes == [1, 8, 8, 4, 8, 2]
+    assert (parts.rank_C == whole.rank_C).all()
+    assert (parts.top_CK == whole.top_CK).all()
+
+
 # Three users; by leave-one-out they train on 1 1 2 | 1 3 | 2 2, the last one being too short to be asked anything.
 USERS = ([1, 1, 2, 4, 4], [1, 3, 4, 5], [2, 2])
 TIMES = [10, 20, 30, 90, 91, 40, 30, 92, 93, 15, 16]
@@ -250,7 +272,9 @@ def by_hand(times: list[int] | None = None) -> tuple[Sequences, SplitData]:
     return sequences, split(LeaveOneOut(), sequences)
 
 
-def test_training_counts_by_hand() -> None:
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_training_counts_by_hand(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(ranking, "_CHUNK_USERS", chunk)
     sequences, parts = by_hand()
     assert training_counts(sequences, parts, n_items=6).tolist() == [0, 3, 3, 1, 0, 0, 0]
 
@@ -274,7 +298,7 @@ def test_ties_of_a_baseline_are_not_broken_by_the_index() -> None:
 
 def test_popularity_by_hand() -> None:
     sequences, parts = by_hand()
-    score_BI = popularity(sequences, parts, 6).scores(torch.zeros(2, 4))
+    score_BI = popularity(sequences, parts, 6).scores(History(torch.zeros(2, 4)))
     assert_order(score_BI[0], [{1, 2}, {3}, {0, 4, 5, 6}])
     assert score_BI[0].tolist() == score_BI[1].tolist()
 
@@ -293,7 +317,7 @@ def test_most_recent_without_times_takes_the_place_in_the_history() -> None:
 
 def test_most_recent_tells_seconds_of_this_century_apart() -> None:
     sequences = sequences_of([1, 2, 3, 3, 3], times=[1_700_000_000, 1_700_000_001, 1_700_000_002, 0, 0])
-    score_I = most_recent(sequences, split(LeaveOneOut(), sequences), 3).scores(torch.zeros(1, 1))[0].float()
+    score_I = most_recent(sequences, split(LeaveOneOut(), sequences), 3).scores(History(torch.zeros(1, 1)))[0].float()
     assert score_I[0] < score_I[1] < score_I[2] < score_I[3]
 
 
@@ -301,8 +325,8 @@ def test_baselines_do_not_look_at_the_answers() -> None:
     sequences, parts = by_hand(TIMES)
     changed = sequences_of([1, 1, 2, 6, 5], [1, 3, 5, 6], [2, 2], times=TIMES)
     for name, scorer in baselines(changed, split(LeaveOneOut(), changed), 6).items():
-        before = baselines(sequences, parts, 6)[name].scores(torch.zeros(1, 1))
-        assert torch.equal(before, scorer.scores(torch.zeros(1, 1)))
+        before = baselines(sequences, parts, 6)[name].scores(History(torch.zeros(1, 1)))
+        assert torch.equal(before, scorer.scores(History(torch.zeros(1, 1))))
 
 
 def test_quality_reports_both_parts_and_the_baselines(tmp_path: Path) -> None:

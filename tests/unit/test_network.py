@@ -9,10 +9,13 @@ from torch import Tensor
 
 from elasticrec.errors import ConfigError
 from elasticrec.model import loss
+from elasticrec.model.bias import Scene
 from elasticrec.model.block import Block, BlockConfig
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.head import CosineHead, HeadConfig
-from elasticrec.model.loss import full_softmax, summed_cross_entropy
+from elasticrec.model.history import History
+from elasticrec.model.layout import Layout
+from elasticrec.model.loss import Batch, FullSoftmax, SummedLoss, summed_cross_entropy
 from elasticrec.model.network import Network, NetworkConfig
 
 N_ITEMS = 40
@@ -47,7 +50,7 @@ def test_a_later_event_does_not_reach_earlier_positions(changed: int, residual_g
     network, before_BT = network_of(residual_gates), items_BT()
     after_BT = before_BT.clone()
     after_BT[:, changed] = other_item(before_BT[:, changed])
-    before_BTD, after_BTD = network(before_BT), network(after_BT)
+    before_BTD, after_BTD = network(History(before_BT)), network(History(after_BT))
     assert torch.equal(before_BTD[:, :changed], after_BTD[:, :changed])
     difference_BT = (before_BTD - after_BTD).abs().amax(dim=-1)[:, changed:]
     assert (difference_BT > 1e-4).all(), "every later position sees the change"
@@ -59,21 +62,23 @@ def test_a_later_event_does_not_reach_earlier_positions(changed: int, residual_g
 def test_padding_on_the_left_changes_nothing(events: int, residual_gates: bool) -> None:
     network, short_BT = network_of(residual_gates), items_BT()[:, -events:]
     padded_BT = F.pad(short_BT, (T - events, 0))
-    assert torch.allclose(network(padded_BT)[:, -events:], network(short_BT), atol=1e-6)
-    assert torch.allclose(network.scores(padded_BT)[:, 1:], network.scores(short_BT)[:, 1:], atol=1e-5)
+    assert torch.allclose(network(History(padded_BT))[:, -events:], network(History(short_BT)), atol=1e-6)
+    assert torch.allclose(
+        network.scores(History(padded_BT))[:, 1:], network.scores(History(short_BT))[:, 1:], atol=1e-5
+    )
 
 
 @torch.no_grad()
 def test_the_order_of_events_matters() -> None:
     network, item_BT = network_of(), items_BT()
     swapped_BT = item_BT[:, [1, 0, *range(2, T)]]
-    assert not torch.allclose(network(item_BT)[:, -1], network(swapped_BT)[:, -1], atol=1e-4)
+    assert not torch.allclose(network(History(item_BT))[:, -1], network(History(swapped_BT))[:, -1], atol=1e-4)
 
 
 @torch.no_grad()
 def test_the_biases_by_distance_are_relative_and_causal() -> None:
     bias = network_of().encoder.blocks[0].get_submodule("attention.bias")
-    bias_NTT = bias(5)
+    bias_NTT = bias.masked(Scene(Layout(torch.ones(1, 5))))[0]
     weight_NT = bias.get_parameter("weight_NT")
     for i in range(5):
         for j in range(5):
@@ -82,20 +87,20 @@ def test_the_biases_by_distance_are_relative_and_causal() -> None:
 
 
 def test_an_empty_history_gives_numbers() -> None:
-    score_BI = network_of().scores(torch.zeros(2, T, dtype=torch.int32))
+    score_BI = network_of().scores(History(torch.zeros(2, T, dtype=torch.int32)))
     assert score_BI[:, 1:].isfinite().all()
 
 
 @GATES
 def test_scores_are_cosines_over_the_temperature_and_never_the_padding(residual_gates: bool) -> None:
     network, item_BT = network_of(residual_gates), items_BT()
-    score_BI = network.scores(item_BT)
+    score_BI = network.scores(History(item_BT))
     assert score_BI.shape == (len(item_BT), N_ITEMS + 1)
     assert score_BI.dtype == torch.float32
     assert (score_BI[:, 0] == -math.inf).all()
     assert score_BI[:, 1:].isfinite().all()
     with torch.no_grad():
-        h_BD, weight_ID = network(item_BT)[:, -1], network.encoder.items.weight_ID
+        h_BD, weight_ID = network(History(item_BT))[:, -1], network.encoder.items.weight_ID
         expected_BI = F.cosine_similarity(h_BD[:, None], weight_ID[None, 1:], dim=-1) / HeadConfig().temperature
     assert torch.allclose(score_BI[:, 1:], expected_BI, atol=1e-4)
 
@@ -112,7 +117,7 @@ def test_the_query_of_the_head_holds_the_scale() -> None:
 def test_a_gradient_reaches_every_parameter(residual_gates: bool) -> None:
     network, item_BT = network_of(residual_gates, dropout=0.1).train(), items_BT(batch=64)
     target_BT = torch.roll(item_BT, -1, dims=1)
-    full_softmax(network, network(item_BT), target_BT).backward()
+    SummedLoss(network, FullSoftmax())(Batch(History(item_BT), target_BT)).backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -133,16 +138,16 @@ def test_residual_gates_are_parameters_that_can_close_a_block() -> None:
         for gate in ("attention_gate", "feed_forward_gate"):
             block.get_parameter(f"{gate}.weight").zero_()
             block.get_parameter(f"{gate}.bias").fill_(-100)
-        x_BTD, padding_BT = torch.randn(2, T, 16), torch.zeros(2, T, dtype=torch.bool)
-        assert torch.equal(block(x_BTD, padding_BT), x_BTD)
+        x_MD = torch.randn(2 * T, 16)
+        assert torch.equal(block(x_MD, Scene(Layout(torch.ones(2, T)))), x_MD)
 
 
 @torch.no_grad()
 def test_dropout_is_for_training_alone() -> None:
     network, item_BT = network_of(dropout=0.5), items_BT()
-    assert torch.equal(network(item_BT), network(item_BT))
+    assert torch.equal(network(History(item_BT)), network(History(item_BT)))
     network.train()
-    assert not torch.equal(network(item_BT), network(item_BT))
+    assert not torch.equal(network(History(item_BT)), network(History(item_BT)))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +169,7 @@ def test_impossible_sizes_are_refused(make: object, message: str) -> None:
 
 
 def test_the_temperature_starts_as_configured() -> None:
-    assert CosineHead(HeadConfig(temperature=0.2)).log_scale.exp().item() == pytest.approx(5)
+    assert CosineHead(HeadConfig(temperature=0.2), 16).log_scale.exp().item() == pytest.approx(5)
 
 
 # The loss
@@ -215,8 +220,8 @@ def test_full_softmax_sums_over_what_is_no_padding() -> None:
     network, input_BT = network_of(), items_BT()
     target_BT = torch.roll(input_BT, -1, dims=1)
     input_BT[2, :5] = target_BT[2, :5] = 0
-    total = full_softmax(network, network(input_BT), target_BT)
-    logits_BTI = network.head(network(input_BT).flatten(0, 1), network.encoder.items)[:, 1:]
+    total = SummedLoss(network, FullSoftmax())(Batch(History(input_BT), target_BT))
+    logits_BTI = network.head(network(History(input_BT)).flatten(0, 1), network.encoder.items)[:, 1:]
     keep = target_BT.flatten() != 0
     expected = F.cross_entropy(logits_BTI[keep], target_BT.flatten()[keep].long() - 1, reduction="sum")
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -224,7 +229,7 @@ def test_full_softmax_sums_over_what_is_no_padding() -> None:
 
 def test_without_any_target_the_loss_is_zero_and_so_is_every_gradient() -> None:
     network, empty_BT = network_of(), torch.zeros(1, T, dtype=torch.int32)
-    total = full_softmax(network, network(empty_BT), empty_BT)
+    total = SummedLoss(network, FullSoftmax())(Batch(History(empty_BT), empty_BT))
     total.backward()
     assert total.item() == 0
     for name, parameter in network.named_parameters():

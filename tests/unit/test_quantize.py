@@ -18,6 +18,7 @@ from elasticrec.config import to_mapping
 from elasticrec.errors import ConfigError
 from elasticrec.model import quantized
 from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.history import History
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.model.quantized import FloatTable, make_table
 from elasticrec.model.quantized import Int8Table as Int8Rows
@@ -43,7 +44,8 @@ def history_BT() -> Tensor:
 SCORE_ELSEWHERE = """
 import sys, torch
 from elasticrec.artifact.bundle import open_bundle
-torch.save(open_bundle(sys.argv[1]).network().scores(torch.load(sys.argv[2])), sys.argv[3])
+from elasticrec.model.history import History
+torch.save(open_bundle(sys.argv[1]).network().scores(History(torch.load(sys.argv[2]))), sys.argv[3])
 """
 
 
@@ -64,7 +66,7 @@ def test_compress_save_load_elsewhere_scores_the_same(recipe: Recipe, tmp_path: 
     torch.save(history_BT, tmp_path / "history.pt")
     command = [sys.executable, "-c", SCORE_ELSEWHERE, "b", "history.pt", "scores.pt"]
     subprocess.run(command, check=True, timeout=120, cwd=tmp_path)
-    assert torch.equal(torch.load(tmp_path / "scores.pt"), network.scores(history_BT))
+    assert torch.equal(torch.load(tmp_path / "scores.pt"), network.scores(History(history_BT)))
     assert open_bundle(tmp_path / "b").manifest.recipe == {"kind": recipe.kind}
 
 
@@ -72,9 +74,9 @@ def test_compress_save_load_elsewhere_scores_the_same(recipe: Recipe, tmp_path: 
 @pytest.mark.parametrize("width", [2, 10, 64, 100])
 def test_scores_stay_near_the_teachers(recipe: Recipe, width: int, history_BT: Tensor) -> None:
     teacher = _network(width)
-    score_BI = compress(recipe, teacher).scores(history_BT)[:, 1:]
+    score_BI = compress(recipe, teacher).scores(History(history_BT))[:, 1:]
     scale = teacher.head.log_scale.exp()
-    error = ((score_BI - teacher.scores(history_BT)[:, 1:]) / scale).abs().max()
+    error = ((score_BI - teacher.scores(History(history_BT))[:, 1:]) / scale).abs().max()
     wider = 1 if recipe.kind == "float32" else 8 / width**0.5 + 1  # few entries a row average out less
     assert error < LARGEST_COSINE_ERROR[recipe.kind] * wider
 
@@ -140,7 +142,7 @@ def test_tables_are_smaller_on_disk_and_in_memory_also_after_use(
     state = student.encoder.items.state_dict()
     table_bytes = teacher.encoder.items.weight_ID.nbytes
     assert sum(tensor.nbytes for tensor in state.values()) <= share * table_bytes
-    student.scores(history_BT)
+    student.scores(History(history_BT))
     saved = resident_bytes(teacher) - resident_bytes(student)
     assert saved >= (1 - share - 0.02) * table_bytes  # 0.02: the inverse length of each row
     assert student.encoder.items.cached_bytes() == 4 * (N_ITEMS + 1)
@@ -195,7 +197,7 @@ def test_measure_tells_a_slow_network_from_a_quick_one(history_BT: Tensor) -> No
     deep = Network(NetworkConfig(encoder=EncoderConfig(width=64, max_length=8, blocks=8)), N_ITEMS).eval()
     networks = {"deep": deep, "shallow": _network()}
     threads = torch.get_num_threads()
-    times = measure(networks, history_BT.numpy(), MeasureConfig(rounds=40, warmup_rounds=5, batches=(1, 16)))
+    times = measure(networks, History(history_BT), MeasureConfig(rounds=40, warmup_rounds=5, batches=(1, 16)))
     assert torch.get_num_threads() == threads
     for batch in (1, 16):
         shallow, slow = times["shallow"][batch], times["deep"][batch]

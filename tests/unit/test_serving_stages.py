@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from elasticrec.artifact.bundle import Bundle, write_bundle
 from elasticrec.model.block import BlockConfig
 from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.history import History
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.model.quantized import TABLES, Precision, make_table
 from elasticrec.serving.catalogue import Catalogue
@@ -79,7 +80,7 @@ def ids(recommender: Recommender, request: Request) -> list[str]:
 
 def test_the_answer_is_the_best_of_the_whole_catalogue(bundle: Bundle, recommender: Recommender) -> None:
     """Against the network's own scores, with the history padded to its full length."""
-    score_I = bundle.network().scores(torch.tensor([[0, 0, 0, 7, 3, 12]]))[0].clone()
+    score_I = bundle.network().scores(History(torch.tensor([[0, 0, 0, 7, 3, 12]])))[0].clone()
     score_I[[7, 3, 12, 5]] = float("-inf")
     expected = [f"i{index}" for index in score_I.argsort(descending=True)[:8].tolist()]
     (answer,) = recommender.recommend([Request(k=8, history=("i7", "i3", "i12"), exclude=("i5",))])
@@ -177,16 +178,16 @@ def test_split_gives_the_same_answers_in_one_call_a_batch(
         assert [answer.items for answer in answers] == [answer.items for answer in recommender.recommend(batch)]
         asyncio.run(split.recommend([Request(k=7, user_id="nobody")]))
     assert len(asked) == 1  # nobody's history needs no model
-    assert asked[0].item_BT.shape == (2, MAX_LENGTH)
+    assert asked[0].past.item_BT.shape == (2, MAX_LENGTH)
     assert asked[0].k == 5
 
 
 def test_a_question_holds_arrays_only(bundle: Bundle, events: EventStore) -> None:
-    histories = Histories(Catalogue(bundle.items()), events, MAX_LENGTH)
+    histories = Histories(Catalogue(bundle.items()), events, EncoderConfig(width=8, max_length=MAX_LENGTH))
     question = histories.prepare([Request(k=3, history=("i2", "i9")), Request(k=4, history=("i1",))]).question
     assert question is not None
-    assert question.item_BT.tolist() == [[2, 9], [0, 1]]
-    assert question.item_BT.dtype == np.int32
+    assert question.past.item_BT.tolist() == [[2, 9], [0, 1]]
+    assert question.past.item_BT.dtype == np.int32
     assert sorted(zip(question.blocked_row_N.tolist(), question.blocked_item_N.tolist(), strict=True)) == [
         (0, 2),
         (0, 9),
@@ -198,7 +199,7 @@ def test_stored_items_that_the_model_does_not_know_push_no_known_ones_out(bundle
     known = [f"i{number}" for number in range(1, MAX_LENGTH + 2)]
     mixed = [item_id for number, name in enumerate(known) for item_id in (f"x{number}", name, f"y{number}")]
     events.append([StoredEvent(user_id="mixed", item_id=item_id, timestamp=0) for item_id in mixed])
-    (background,) = Histories(Catalogue(bundle.items()), events, MAX_LENGTH).prepare(
+    (background,) = Histories(Catalogue(bundle.items()), events, EncoderConfig(width=8, max_length=MAX_LENGTH)).prepare(
         [Request(k=1, user_id="mixed")]
     ).backgrounds  # fmt: skip
     assert background.items.tolist() == [2, 3, 4, 5, 6, 7]
@@ -213,7 +214,7 @@ def test_retrieval_is_exact_for_every_table(precision: Precision) -> None:
     with torch.inference_mode():
         query_BD = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
         expected_BI = table.cosine(query_BD)
-        item_BK, score_BK = ExactRetriever(table).top(query_BD, 7, torch.tensor([0, 2]), torch.tensor([11, 12]))
+        item_BK, score_BK = ExactRetriever(table.cosine).top(query_BD, 7, torch.tensor([0, 2]), torch.tensor([11, 12]))
     expected_BI = expected_BI.clone()
     expected_BI[:, 0] = expected_BI[0, 11] = expected_BI[2, 12] = -9
     expected = expected_BI.topk(7)

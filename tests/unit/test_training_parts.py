@@ -1,9 +1,9 @@
 """The parts of training one by one: shards, best epoch, learning rate, averages, checkpoints, journal, run config."""
 
 import contextlib
-import copy
 import itertools
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,23 @@ from hypothesis import strategies as st
 from elasticrec.config import from_mapping
 from elasticrec.errors import CheckpointError, ConfigError
 from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.history import History
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.training import checkpoint
 from elasticrec.training.checkpoint import STATE, TENSORS, Position, newest_valid, read_position, read_tensors, save
-from elasticrec.training.elastic import Best, is_checkpoint_due, shards_of
+from elasticrec.training.elastic import (
+    Balance,
+    Best,
+    equal_split,
+    is_checkpoint_due,
+    shards_of,
+    split_by_speed,
+    step_s,
+)
 from elasticrec.training.journal import EPOCHS, STEPS, Journal, read
 from elasticrec.training.optimizer import AveragedWeights, OptimizerConfig, learning_rate, make_optimizer
 from elasticrec.training.run import RunConfig
+from elasticrec.training.saver import Saver
 
 # Who takes which shards, when to save, which epoch is best
 
@@ -38,6 +48,49 @@ def test_the_shards_of_all_workers_are_all_shards_once_and_in_order(world: int, 
 
 def test_shards_by_hand() -> None:
     assert [list(shards_of(rank, 3, 8)) for rank in range(3)] == [[0, 1], [2, 3, 4], [5, 6, 7]]
+
+
+@given(
+    shard_ms_W=st.lists(st.integers(1, 100), min_size=1, max_size=8),
+    extra=st.integers(0, 40),
+)
+def test_a_split_by_speed_gives_out_every_shard_and_no_single_move_makes_it_faster(
+    shard_ms_W: list[int], extra: int
+) -> None:
+    split_W = split_by_speed(shard_ms_W, len(shard_ms_W) + extra)
+    assert (sum(split_W), min(split_W)) == (len(shard_ms_W) + extra, min(split_W))
+    assert min(split_W) >= 1
+    for giver, taker in itertools.permutations(range(len(split_W)), 2):
+        moved = list(split_W)
+        moved[giver] -= 1
+        moved[taker] += 1
+        assert moved[giver] == 0 or step_s(moved, shard_ms_W) >= step_s(split_W, shard_ms_W)
+
+
+def test_split_by_speed_by_hand() -> None:
+    assert split_by_speed([1.0, 1.0], 8) == equal_split(2, 8) == (4, 4)
+    assert split_by_speed([1.0, 2.0], 12) == (8, 4)
+    assert split_by_speed([1.0, 2.0, 100.0], 9) == (6, 2, 1)
+
+
+def test_a_slow_worker_gives_shards_away_and_gets_them_back() -> None:
+    balance = Balance(equal_split(2, 12))
+    for _ in range(8):
+        balance = balance.after([0.1 * balance.split_W[0], 0.2 * balance.split_W[1]])
+    assert balance.split_W == (8, 4)
+    assert [list(balance.shards(rank)) for rank in range(2)] == [list(range(8)), list(range(8, 12))]
+    for _ in range(12):
+        balance = balance.after([0.1 * count for count in balance.split_W])
+    assert balance.split_W == (6, 6)
+
+
+def test_noise_moves_no_shards() -> None:
+    balance = Balance(equal_split(2, 8))
+    for place in range(20):
+        noise = 0.04 if place % 2 else -0.04
+        balance = balance.after([1 + noise, 1 - noise])
+    assert balance.split_W == (4, 4)
+    assert balance.after([0.0, 1.0]) is balance  # a worker without users tells nothing of its speed
 
 
 def test_the_best_keeps_the_earlier_of_two_equal_epochs() -> None:
@@ -120,8 +173,8 @@ def trained(steps: int = 3) -> tuple[Network, torch.optim.AdamW]:
 
 def push(network: Network, optimizer: torch.optim.AdamW, seed: int) -> None:
     item_BT = torch.randint(1, 11, (4, 4), generator=torch.Generator().manual_seed(seed))
-    network(item_BT).square().sum().backward()
-    network.head(network(item_BT)[:, -1], network.encoder.items)[:, 1].sum().backward()
+    network(History(item_BT)).square().sum().backward()
+    network.head(network(History(item_BT))[:, -1], network.encoder.items)[:, 1].sum().backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -139,38 +192,45 @@ def test_only_matrices_decay() -> None:
 def test_the_average_moves_by_the_decay_and_faster_at_the_start() -> None:
     network = small_network()
     averaged = AveragedWeights(network, decay=0.75)
-    start = copy.deepcopy(averaged.network.state_dict())
+    start = {name: average.clone() for name, average in averaged.state().items()}
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(1.0)
     averaged.update(network, step=0)  # min(0.75, 1 / 10) of the old stays
-    for name, tensor in averaged.network.named_parameters():
+    for name, tensor in averaged.state().items():
         assert torch.allclose(tensor, start[name] + 0.9, atol=1e-6), name
     averaged.update(network, step=1000)
-    for name, tensor in averaged.network.named_parameters():
+    for name, tensor in averaged.state().items():
         assert torch.allclose(tensor, start[name] + 0.9 + 0.1 * 0.25, atol=1e-6), name
 
 
-def test_the_average_is_for_evaluation_and_shares_nothing() -> None:
+def test_the_average_is_worn_for_evaluation_and_taken_off() -> None:
     network = small_network().train()
     averaged = AveragedWeights(network, decay=0.9)
-    assert not averaged.network.training
+    own = {name: parameter.data_ptr() for name, parameter in network.named_parameters()}
+    assert set(own.values()).isdisjoint(average.data_ptr() for average in averaged.state().values())
+    with averaged.worn_by(network) as worn:
+        assert not worn.training
+        assert all(
+            parameter.data_ptr() == averaged.state()[name].data_ptr() for name, parameter in worn.named_parameters()
+        )
     assert network.training
-    assert not any(parameter.requires_grad for parameter in averaged.network.parameters())
-    assert {p.data_ptr() for p in network.parameters()}.isdisjoint(p.data_ptr() for p in averaged.network.parameters())
+    assert {name: parameter.data_ptr() for name, parameter in network.named_parameters()} == own
 
 
 def test_scores_of_the_average_follow_its_updates() -> None:
     """The item table keeps the lengths of its rows between calls; an update must not leave old ones behind."""
-    network, item_BT = small_network(), torch.ones(1, 4, dtype=torch.int32)
+    network, history = small_network(), History(torch.ones(1, 4, dtype=torch.int32))
     averaged = AveragedWeights(network, decay=0.5)
-    averaged.network.scores(item_BT)
+    with averaged.worn_by(network) as worn:
+        worn.scores(history)
     with torch.no_grad():
         network.encoder.items.weight_ID[3:].mul_(torch.rand(8, 1) * 9)
     averaged.update(network, step=1000)
     fresh = small_network()
-    fresh.load_state_dict(averaged.network.state_dict())
-    assert torch.allclose(averaged.network.scores(item_BT), fresh.eval().scores(item_BT), atol=1e-5)
+    fresh.load_state_dict(averaged.state(), strict=False)
+    with averaged.worn_by(network) as worn:
+        assert torch.allclose(worn.scores(history), fresh.eval().scores(history), atol=1e-5)
 
 
 # Checkpoints
@@ -308,6 +368,47 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_state_that_is_not_finite_is_never_kept(tmp_path: Path, bad: float) -> None:
+    tensors = tensors_of() | {"network.broken": torch.tensor([1.0, bad])}
+    with pytest.raises(CheckpointError, match=r"'network.broken' holds NaN or infinity at step 12"):
+        save(tmp_path / "one", tensors, POSITION)
+    assert not (tmp_path / "one").exists()
+
+
+# Saver
+
+
+def test_a_saver_works_in_order_and_beside_its_caller() -> None:
+    gate, done = threading.Event(), list[str]()
+    saver = Saver(background=True)
+
+    def first() -> None:
+        gate.wait(10)
+        done.append("first")
+
+    saver.submit(first)
+    assert (done, saver.idle) == ([], False)
+    gate.set()
+    saver.submit(lambda: done.append("second"))
+    saver.flush()
+    assert (done, saver.idle, saver.failure) == (["first", "second"], True, None)
+    saver.close()
+
+
+def test_what_went_wrong_in_the_background_is_raised_by_the_next_call() -> None:
+    saver = Saver(background=True)
+
+    def fail() -> None:
+        raise CheckpointError("is torn")
+
+    saver.submit(fail)
+    with pytest.raises(CheckpointError, match="is torn"):
+        saver.flush()
+    assert isinstance(saver.failure, CheckpointError)
+    saver.close()
+
+
 def test_sections_come_apart_again() -> None:
     parts = {"network": {"a.b": torch.zeros(1), "c": torch.ones(1)}, "best": {"a.b": torch.ones(2)}}
     flat = checkpoint.flatten("network", parts["network"]) | checkpoint.flatten("best", parts["best"])
@@ -408,7 +509,11 @@ def test_a_journal_that_was_never_written_is_empty(tmp_path: Path) -> None:
         ({"elastic": {"min_workers": 0}}, "elastic needs 1 <= min_workers <= max_workers, got 0 and 2"),
         ({"elastic": {"threads_per_worker": 0}}, "threads_per_worker must be >= 1"),
         ({"checkpoint": {"keep": 1}}, "keep >= 2: a torn one needs a predecessor"),
-        ({"sync": {"kind": "gossip"}}, "'sync.kind' is 'gossip'"),
+        ({"sync": {"kind": "pigeons"}}, "'sync.kind' is 'pigeons'"),
+        (
+            {"sync": {"kind": "local_sgd"}, "elastic": {"exact": True}},
+            "use sync.kind all_reduce without a hook, or leave elastic.exact out",
+        ),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(raw: dict[str, Any], message: str) -> None:

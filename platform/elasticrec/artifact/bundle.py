@@ -3,6 +3,7 @@
 manifest.json         config, recipe, metrics, lineage, sha256 of each file; written last
 weights.safetensors   the state of the network
 items.parquet         item_index, item_id, title, categories, count
+content.parquet       what gives new items a vector: weights of categories and words (only where it was fitted)
 """
 
 import os
@@ -27,10 +28,12 @@ from torch import Tensor
 
 from elasticrec import __version__
 from elasticrec.artifact.location import Location, locate, new_folder
-from elasticrec.artifact.manifest import ITEMS, MANIFEST, WEIGHTS, FileEntry, Manifest, parse, render
+from elasticrec.artifact.manifest import CONTENT, ITEMS, MANIFEST, WEIGHTS, FileEntry, Manifest, parse, render
 from elasticrec.columns import CATEGORIES, COUNT, ITEM, ITEM_INDEX, TITLE
 from elasticrec.config import from_mapping, to_mapping
+from elasticrec.data.sequences import Float32
 from elasticrec.errors import BundleError, ConfigError
+from elasticrec.model.content import ContentTower
 from elasticrec.model.network import Network, NetworkConfig
 
 ITEM_COLUMNS = (ITEM_INDEX, ITEM, TITLE, CATEGORIES, COUNT)
@@ -84,14 +87,36 @@ class Bundle:
         Raises:
             BundleError: the file is missing or damaged.
         """
-        place = self.location / ITEMS
-        try:
-            return pq.read_table(place.path, filesystem=place.filesystem)
-        except (OSError, pa.ArrowException) as error:
-            raise BundleError(f"'{place}' is missing or damaged: {error}; get the bundle again") from None
+        return _read_table(self.location / ITEMS)
+
+    def content(self) -> ContentTower | None:
+        """What embeds items that the network has never seen; none where no tower was fitted.
+
+        Raises:
+            BundleError: the file is missing or damaged.
+        """
+        return ContentTower.of_table(_read_table(self.location / CONTENT)) if CONTENT in self.manifest.files else None
+
+    def embed_new(self, items: pa.Table, vectors: Float32 | None = None) -> Tensor:
+        """Vectors of new items in the space of the network's item table: float32 (items, width).
+
+        Args:
+            items: title and categories of each.
+            vectors: (items, F), where the tower was fitted with vectors.
+
+        Raises:
+            BundleError: the bundle has no content tower, or a damaged one.
+            InputError: vectors do not fit the tower.
+        """
+        tower = self.content()
+        if tower is None:
+            raise BundleError(
+                f"'{self.uri}' has no {CONTENT}, so it cannot embed new items; train it with a content tower"
+            )
+        return tower.embed_new(items, vectors)
 
 
-def write_bundle(
+def write_bundle(  # noqa: PLR0913 - all but three are named and optional
     uri: str | Path | Location,
     network: Network,
     items: pa.Table,
@@ -101,6 +126,7 @@ def write_bundle(
     recipe: Mapping[str, Any] | str = "float32",
     metrics: Mapping[str, Any] | None = None,
     lineage: Mapping[str, Any] | None = None,
+    content: ContentTower | None = None,
 ) -> Bundle:
     """Writes a bundle to a place where none is yet; nothing is left behind when that fails.
 
@@ -108,6 +134,7 @@ def write_bundle(
         items: row i is item i + 1, with the columns of ITEM_COLUMNS.
         recipe: how the network was compressed; text is short for `{"kind": text}`.
         lineage: parent (uri of a bundle), dataset (a store's fingerprint), command; versions and commit are added.
+        content: what embeds new items.
 
     Raises:
         BundleError: something is there already, the items do not fit the network, or weights are not finite.
@@ -122,6 +149,9 @@ def write_bundle(
             (folder / WEIGHTS).write(safetensors.torch.save(state))
             with (folder / ITEMS).writing() as stream:
                 pq.write_table(items, stream)
+            if content is not None:
+                with (folder / CONTENT).writing() as stream:
+                    pq.write_table(content.to_table(), stream)
             manifest = Manifest(
                 name=name,
                 version=version,
@@ -131,7 +161,7 @@ def write_bundle(
                 recipe={"kind": recipe} if isinstance(recipe, str) else recipe,
                 metrics=metrics or {},
                 lineage=_lineage(lineage or {}),
-                files={file: describe(folder / file) for file in (WEIGHTS, ITEMS)},
+                files={file: describe(folder / file) for file in (WEIGHTS, ITEMS, *([CONTENT] if content else []))},
             )
             (folder / MANIFEST).write(render(manifest))  # its presence makes the folder a bundle
     except FileExistsError:
@@ -188,6 +218,13 @@ def _check_files(bundle: Bundle) -> None:
     extra = set(bundle.location.children()) - set(expected) - {MANIFEST}
     if extra:
         raise BundleError(f"'{bundle.location / min(extra)}' is not part of the bundle; remove it")
+
+
+def _read_table(place: Location) -> pa.Table:
+    try:
+        return pq.read_table(place.path, filesystem=place.filesystem)
+    except (OSError, pa.ArrowException) as error:
+        raise BundleError(f"'{place}' is missing or damaged: {error}; get the bundle again") from None
 
 
 def _read_weights(place: Location) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from elasticrec.errors import BundleError
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.safetensors"
 ITEMS: Final = "items.parquet"
+CONTENT: Final = "content.parquet"  # only where a content tower was fitted
 
 SCHEMA_VERSION: Final = 1
 READABLE_SINCE: Final = "0.1.0"  # the first elasticrec that reads SCHEMA_VERSION

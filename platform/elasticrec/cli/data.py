@@ -8,9 +8,11 @@ from typing import Annotated
 import tyro
 
 from elasticrec.cli.options import parse, takes_arguments
+from elasticrec.columns import CATEGORIES, EVENT, TIME, TITLE
 from elasticrec.data.prepare import PrepareConfig, prepare, prepare_dataset
 from elasticrec.data.sequences import verify_store
 from elasticrec.data.sources import CATALOGUE, fetch
+from elasticrec.data.synthetic import INTERACTIONS, ITEMS, sized, write_log
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +48,24 @@ def prepare_data(prog: str, arguments: Sequence[str]) -> None:
         return
     text = "Makes a training store of your own logs (or of a data set of the catalogue: --dataset NAME --out DIR)."
     prepare(parse(PrepareConfig, prog, arguments, text))
+
+
+def synthesize(*, users: int, items: int, interactions: int, out: Path, seed: int = 0) -> None:
+    """Makes up a log with popularity, interests that drift, repeats and sessions. Nobody real is in it.
+
+    Args:
+        users: users, each with three events or more.
+        items: items of the catalogue.
+        interactions: events, exactly.
+        out: new folder for interactions/part-….parquet and items.parquet.
+        seed: the same seed and sizes give the same log.
+    """
+    write_log(sized(users, items, interactions, seed), out)
+    print(f"{interactions:,} synthetic interactions in '{out}'; next, with a folder of your own for the store:")
+    print(
+        f"  elasticrec data prepare --interactions {out}/{INTERACTIONS} --time {TIME} --event {EVENT} "
+        f"--items {out}/{ITEMS} --title {TITLE} --categories {CATEGORIES} --out STORE"
+    )
 
 
 def check_store(path: Annotated[Path, tyro.conf.Positional]) -> None:

@@ -41,6 +41,7 @@ def evaluate_bundle(prog: str, arguments: Sequence[str]) -> None:
     bundle, store = open_bundle(resolve_reference(config.bundle)), open_store(config.data)
     check_same_items(bundle, store)
     network = bundle.network()
+    network.config.encoder.check(store)
     length = network.config.encoder.max_length
     with working("ranking the whole catalogue") as advance:
         quality = measure(network, store, config.split, config.evaluation, max_length=length, advance=advance)

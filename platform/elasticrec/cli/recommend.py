@@ -1,7 +1,8 @@
 """`elasticrec recommend` and `recommend-batch`: a bundle's answers without a service."""
 
+import time
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +16,13 @@ from elasticrec.artifact.registry import resolve_reference
 from elasticrec.cli.connection import connected
 from elasticrec.cli.progress import bar
 from elasticrec.cli.tables import show
-from elasticrec.columns import PAD, USER
-from elasticrec.data.sequences import Int32, Replaceable, open_store, replacing_folder
+from elasticrec.columns import USER
+from elasticrec.data.sequences import Replaceable, open_store, replacing_folder
 from elasticrec.errors import ConfigError, InputError
+from elasticrec.model.network import AnyEncoder
 from elasticrec.serving.batch import BATCH_SCHEMA
 from elasticrec.serving.catalogue import Catalogue
+from elasticrec.serving.past import UserEvents, newest_time, right_align
 from elasticrec.serving.scorer import Question, Scorer
 
 Reference = Annotated[str, tyro.conf.Positional]
@@ -55,17 +58,19 @@ def recommend(
     _check_positive("--k", k)
     opened = open_bundle(resolve_reference(bundle))
     catalogue = Catalogue(opened.items())
-    stored = _events_of(data, user, opened)
-    items = np.concatenate([stored, catalogue.indices(history)]).astype(np.int32)
+    network = opened.network()
+    inputs = network.config.encoder.inputs
+    stored, now_s = _events_of(data, user, opened, network.config.encoder)
+    given = UserEvents(item_S=catalogue.indices(history))
     if unknown := [item for item in history if item not in catalogue]:
         raise InputError(f"item '{unknown[0]}' is not in the bundle's catalogue of {len(catalogue)} items")
-    if len(items) == 0:
+    blocked = np.unique(np.concatenate([stored.item_S, given.item_S])).astype(np.int64)
+    if len(blocked) == 0:
         raise ConfigError("there is no history to recommend from; give --history ITEM… or --data STORE --user ID")
-    network = opened.network()
-    newest = items[-network.config.encoder.max_length :]
-    blocked = np.unique(items).astype(np.int64)
+    newest = stored.then(given, inputs, now_s).pick(slice(-network.config.encoder.max_length, None))
+    past = right_align([newest], inputs, now_s)
     answer = Scorer(network).score(
-        Question(item_BT=newest[None], blocked_row_N=np.zeros_like(blocked), blocked_item_N=blocked, k=k)
+        Question(past=past, blocked_row_N=np.zeros_like(blocked), blocked_item_N=blocked, k=k)
     )
     free_K = np.isfinite(answer.score_BK[0])  # a user who has seen nearly everything is left with fewer than k
     show(_table(catalogue, answer.item_BK[0][free_K].tolist(), answer.score_BK[0][free_K].tolist()))
@@ -114,18 +119,20 @@ def _check_positive(option: str, value: int) -> None:
         raise ConfigError(f"{option} is {value}; it must be 1 or more")
 
 
-def _events_of(data: Path | None, user: str | None, bundle: Bundle) -> Int32:
-    """The user's events as the bundle numbers items, oldest first."""
+def _events_of(data: Path | None, user: str | None, bundle: Bundle, encoder: AnyEncoder) -> tuple[UserEvents, int]:
+    """The user's events as the bundle numbers items, oldest first; and when the answer is asked for."""
     if user is None:
-        return np.zeros(0, dtype=np.int32)
+        return UserEvents(item_S=np.zeros(0, dtype=np.int32)), int(time.time())
     if data is None:
         raise ConfigError("--user needs --data STORE, where that user's events are")
     store = open_store(data)
+    encoder.check(store)
+    inputs = encoder.inputs
     users = store.users().column(USER).to_pylist()
     if user not in users:
         raise InputError(f"user '{user}' is not in '{data}', which has {len(users)} users")
-    events: Int32 = translation(bundle, store)[store.sequences.items_of(users.index(user))]
-    return cast(Int32, events[events != PAD])
+    events = UserEvents.of_store(store.sequences, users.index(user), inputs).translated(translation(bundle, store))
+    return events, newest_time(store.sequences) if inputs.times else 0
 
 
 def _table(catalogue: Catalogue, items: list[int], scores: list[float]) -> Table:

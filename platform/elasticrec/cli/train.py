@@ -1,16 +1,40 @@
-"""`elasticrec train`: a YAML file and options in, a run's folder with a measured bundle out."""
+"""`elasticrec recipe`: a store in, its settings out. `elasticrec train`: settings in, a folder with a bundle out."""
 
 import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+import yaml
 
 from elasticrec.artifact.bundle import Bundle
 from elasticrec.cli.connection import connected
 from elasticrec.cli.options import parse, takes_arguments
 from elasticrec.cli.progress import following, working
 from elasticrec.cli.tables import quality_table, show
+from elasticrec.config import to_mapping
+from elasticrec.data.sequences import open_store
+from elasticrec.errors import ConfigError
+from elasticrec.training.recipe import recommended
 from elasticrec.training.run import RunConfig
+
+
+def write_recipe(data: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
+    """Writes a training configuration whose sizes follow from those of the data.
+
+    Args:
+        data: the store.
+        out: the YAML file; `elasticrec train --config` takes it.
+    """
+    if out.exists():
+        raise ConfigError(f"'{out}' exists already; name another file")
+    run = replace(recommended(open_store(data)), name=out.stem, data=data)
+    out.write_text(yaml.safe_dump(to_mapping(run), sort_keys=False), encoding="utf-8")
+    print(f"{out}: {run.epochs} epochs; train with: elasticrec train --config {out}")
 
 
 @takes_arguments

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from elasticrec.data.sequences import Int32
 from elasticrec.errors import ConfigError
+from elasticrec.model.history import History
 from elasticrec.model.network import Network
 from elasticrec.serving.scorer import Question, Scorer
 
@@ -45,13 +45,18 @@ class Latency:
     users_per_s: float
 
 
-def measure(networks: Mapping[str, Network], history_PT: Int32, config: MeasureConfig) -> dict[str, dict[int, Latency]]:
+Latencies = dict[str, dict[int, Latency]]  # by the network's name, then by batch size
+
+
+def measure(
+    networks: Mapping[str, Network], history_P: History, config: MeasureConfig
+) -> dict[str, dict[int, Latency]]:
     """Latency of each network (by its name) at each batch size, from history to the k best unseen items."""
     with _quiet(config.threads):
         scorers = {name: Scorer(network) for name, network in networks.items()}
-        result: dict[str, dict[int, Latency]] = {name: {} for name in networks}
+        result: Latencies = {name: {} for name in networks}
         for batch in config.batches:
-            for name, elapsed_s in _time(scorers, history_PT, batch, config).items():
+            for name, elapsed_s in _time(scorers, history_P, batch, config).items():
                 result[name][batch] = _latency(batch, elapsed_s)
     return result
 
@@ -63,11 +68,11 @@ def resident_bytes(network: Network) -> int:
 
 
 def _time(
-    scorers: Mapping[str, Scorer], history_PT: Int32, batch: int, config: MeasureConfig
+    scorers: Mapping[str, Scorer], history_P: History, batch: int, config: MeasureConfig
 ) -> dict[str, list[float]]:
     elapsed_s: dict[str, list[float]] = {name: [] for name in scorers}
     for turn in range(config.warmup_rounds + config.rounds):
-        question = _question(history_PT, batch, turn, config.k)
+        question = _question(history_P, batch, turn, config.k)
         names = list(scorers)[:: 1 if turn % 2 else -1]  # nobody always goes first
         for name in names:
             started_s = time.perf_counter()
@@ -77,11 +82,16 @@ def _time(
     return elapsed_s
 
 
-def _question(history_PT: Int32, batch: int, turn: int, k: int) -> Question:
-    item_BT = np.take(history_PT, np.arange(turn * batch, (turn + 1) * batch), axis=0, mode="wrap")
+def _question(history_P: History, batch: int, turn: int, k: int) -> Question:
+    history = history_P.take(np.arange(turn * batch, (turn + 1) * batch) % len(history_P.item_BT))
+    item_BT = history.item_BT.numpy()
     row_N, position_N = np.nonzero(item_BT)
-    blocked_item_N = item_BT[row_N, position_N].astype(np.int64)
-    return Question(item_BT=item_BT, blocked_row_N=row_N.astype(np.int64), blocked_item_N=blocked_item_N, k=k)
+    return Question(
+        past=history.past(),
+        blocked_row_N=row_N.astype(np.int64),
+        blocked_item_N=item_BT[row_N, position_N].astype(np.int64),
+        k=k,
+    )
 
 
 def _latency(batch: int, elapsed_s: list[float]) -> Latency:

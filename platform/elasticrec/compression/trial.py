@@ -46,6 +46,7 @@ def run_trial(recipe: Recipe, job: Job) -> Row:
         version=f"{parent.version}-{label(recipe)}",
         recipe=to_mapping(recipe),
         metrics=quality,
+        content=parent.content(),
         lineage=dict(parent.manifest.lineage) | {"parent": parent.uri, "dataset": store.fingerprint},
     )
     # What was written is measured, as serving will load it.
@@ -75,7 +76,7 @@ def _quality(network: Network, store: Store, cut: SplitData, job: Job) -> dict[s
 def _sizes(bundle: Bundle) -> dict[str, float]:
     network = bundle.network()
     with torch.inference_mode():  # one answer, so that what an item table keeps beside its rows is counted
-        network.scores(torch.ones(1, 1, dtype=torch.int32))
+        network.head(torch.ones(1, network.config.encoder.width), network.encoder.items)
     return {
         "bytes": bundle.bytes,
         "weights_bytes": bundle.weights_bytes,
@@ -84,8 +85,8 @@ def _sizes(bundle: Bundle) -> dict[str, float]:
 
 
 def _times(teacher: Network, network: Network, store: Store, cut: SplitData, job: Job) -> dict[str, float]:
-    history_PT = histories(store.sequences, cut.test, network.config.encoder.max_length)
-    times = measure({"teacher": teacher, "student": network}, history_PT, job.measure)
+    history_P = histories(store.sequences, cut.test, network.config.encoder.max_length)
+    times = measure({"teacher": teacher, "student": network}, history_P, job.measure)
     row: dict[str, float] = {}
     for batch, latency in times["student"].items():
         parent = times["teacher"][batch]

@@ -26,6 +26,24 @@ def counts(code_E: npt.NDArray[np.integer], distinct: int) -> Int64:
     return np.bincount(code_E, minlength=distinct).astype(np.int64)
 
 
+class Tally:
+    """Counts and first positions over blocks of events, in the order of the input."""
+
+    def __init__(self, distinct: int) -> None:
+        self.count_N: Int64 = np.zeros(distinct, dtype=np.int64)
+        self.first_N: Int64 = np.full(distinct, np.iinfo(np.int64).max, dtype=np.int64)
+        self._rows = 0
+
+    def add(self, code_E: npt.NDArray[np.integer]) -> None:
+        """Counts a block."""
+        count_N = counts(code_E, len(self.count_N))
+        new_N = (self.count_N == 0) & (count_N > 0)
+        if new_N.any():
+            self.first_N[new_N] = self._rows + first_positions(code_E, len(new_N))[new_N]
+        self.count_N += count_N
+        self._rows += len(code_E)
+
+
 def items_by_popularity(count_N: Int64, first_N: Int64) -> Int64:
     """Codes in the order of their item index, which starts at 1: (I,); codes without events are left out."""
     order_N = np.lexsort((first_N, -count_N))

@@ -1,26 +1,30 @@
-"""Checked events of one process in; encoded sequences, sorted by user and time, out.
+"""Checked events, block by block, in; encoded sequences, sorted by user and time, out.
 
-What a cluster does in `ingest_ray` gives the same arrays bit for bit: both order by (user, time, place in the input),
-and take ids from counts and first places.
+One process reads the blocks here, a cluster does in `ingest_ray`; from there on both are the same.
 
 # U users, I items, E events, N distinct raw ids
 """
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from elasticrec.columns import EVENT, ITEM, RATING, TIME, USER
 from elasticrec.data import ids, schema
+from elasticrec.data.codes import Codes
 from elasticrec.data.files import InputFile
 from elasticrec.data.progress import track
-from elasticrec.data.schema import ColumnMap
-from elasticrec.data.sequences import Int64, Sequences
+from elasticrec.data.schema import Checked, ColumnMap
+from elasticrec.data.sequences import Int16, Int64, Sequences
+from elasticrec.data.spool import Column, Layout, Spool, arrange
 from elasticrec.errors import InputError
 
 MAX_EVENT_TYPES = np.iinfo(np.int16).max
@@ -51,54 +55,125 @@ class Ingested:
     time_unit: str | None
 
 
-def ingest(files: Sequence[InputFile], columns: ColumnMap, core: Core) -> Ingested:
+class Encoder:
+    """Checked events, block by block in the order of the input, in; the encoded sequences out.
+
+    The memory it needs follows from the number of distinct ids; the events go through files.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        """`scratch`: a folder for columns on disk, which the result maps."""
+        self._scratch = scratch
+        self._spool = Spool(scratch)
+        self._codes = {USER: Codes(), ITEM: Codes(), EVENT: Codes()}
+
+    @property
+    def rows(self) -> int:
+        """Events so far."""
+        return self._spool.rows
+
+    def add(self, events: pa.Table) -> None:
+        """Encodes a block.
+
+        Raises:
+            InputError: it names too many event types.
+        """
+        if events.num_rows == 0:
+            return
+        block: dict[str, Column] = {name: self._codes[name].add(_whole(events[name])) for name in (USER, ITEM)}
+        block |= {name: _whole(events[name]).to_numpy() for name in (TIME, RATING) if name in events.column_names}
+        if EVENT in events.column_names:
+            code_E = self._codes[EVENT].add(_whole(events[EVENT]))
+            event_names(self._codes[EVENT].values().to_pylist())
+            block[EVENT] = code_E.astype(np.int16)
+        self._spool.append(block)
+
+    def close(self) -> None:
+        """Ends the adding, also after an error."""
+        self._spool.close()
+
+    def finish(self, core: Core, time_unit: str | None) -> Ingested:
+        """Filters, gives ids and sorts.
+
+        Raises:
+            InputError: the filter leaves no event.
+        """
+        self.close()
+        rows = self._spool.rows
+        keep_E = core_filter(self._spool.column(USER), self._spool.column(ITEM), core)
+        user_N, item_N = self._codes[USER].values(), self._codes[ITEM].values()
+        user, item = self._tally(USER, len(user_N), keep_E), self._tally(ITEM, len(item_N), keep_E)
+        order_U = ids.users_by_appearance(user.count_N, user.first_N)
+        order_I = ids.items_by_popularity(item.count_N, item.first_N)
+        index_of: dict[str, Column] = {
+            USER: ids.index_of(order_U, len(user_N), 0),
+            ITEM: ids.index_of(order_I, len(item_N), 1),
+        }
+        names, index_of[EVENT] = self._event_types(keep_E)
+        layout = Layout(offset_U1=offsets(user.count_N[order_U]), index_of=index_of, keep_E=keep_E)
+        columns = arrange(self._spool, layout, self._scratch)
+        return Ingested(
+            sequences=Sequences(
+                item_E=columns[ITEM],
+                offset_U1=layout.offset_U1,
+                time_E=columns.get(TIME),
+                rating_E=columns.get(RATING),
+                event_E=columns.get(EVENT),
+            ),
+            user_ids=user_N.take(pa.array(order_U)),
+            item_ids=item_N.take(pa.array(order_I)),
+            count_I=item.count_N[order_I],
+            event_types=names,
+            rows=rows,
+            time_unit=time_unit,
+        )
+
+    def _tally(self, name: str, distinct: int, keep_E: npt.NDArray[np.bool_] | None) -> ids.Tally:
+        tally = ids.Tally(distinct)
+        for rows in self._spool.blocks():
+            code_E = self._spool.read(name, rows)
+            tally.add(code_E if keep_E is None else code_E[keep_E[rows]])
+        return tally
+
+    def _event_types(self, keep_E: npt.NDArray[np.bool_] | None) -> tuple[list[str], Int16]:
+        """Names of the types that kept events have, in the order of their codes; the place of each code first seen."""
+        found = self._codes[EVENT].values().to_pylist()
+        if not found:
+            return [], np.zeros(0, dtype=np.int16)
+        count_N = self._tally(EVENT, len(found), keep_E).count_N
+        names = event_names([name for name, count in zip(found, count_N, strict=True) if count])
+        place_of = {name: place for place, name in enumerate(names)}
+        return names, np.array([place_of.get(name, ids.ABSENT) for name in found], dtype=np.int16)
+
+
+def ingest(files: Sequence[InputFile], columns: ColumnMap, core: Core, scratch: Path) -> Ingested:
     """Reads, checks, filters, encodes and sorts in this process.
+
+    Args:
+        scratch: folder for the arrays; needed until the store is written.
 
     Raises:
         InputError: the first thing that is wrong with the input.
     """
-    parts = [schema.read_events(file, columns) for file in track(files, "reading")]
-    schema.check_agreement(parts)
-    events = pa.concat_tables([part.events for part in parts])
-    unit = next((part.time_unit for part in parts if part.events.num_rows), None)
-    del parts
-    require_events(events.num_rows, files)
-    user_E, user_N = _codes(events[USER])
-    item_E, item_N = _codes(events[ITEM])
-    keep_E = core_filter(user_E, item_E, core)
-    if keep_E is not None:
-        events, user_E, item_E = events.filter(pa.array(keep_E)), user_E[keep_E], item_E[keep_E]
-    return _encoded(events, (user_E, user_N), (item_E, item_N), rows=len(keep_E) if keep_E is not None else len(user_E),
-                    unit=unit)  # fmt: skip
+    encoder, first = Encoder(scratch), None
+    blocks = (part for file in track(files, "reading") for part in schema.read_event_blocks(file, columns))
+    with contextlib.closing(encoder), contextlib.closing(_ahead(blocks)) as ahead:
+        for part in ahead:
+            if part.events.num_rows:
+                first = first or dataclasses.replace(part, events=part.events.slice(0, 1))
+                schema.check_agreement([first, part])
+                encoder.add(part.events)
+    require_events(encoder.rows, files)
+    return encoder.finish(core, first.time_unit if first else None)
 
 
-def _encoded(
-    events: pa.Table, users: tuple[npt.NDArray[Any], pa.Array], items: tuple[npt.NDArray[Any], pa.Array], *, rows: int,
-    unit: str | None,
-) -> Ingested:  # fmt: skip
-    (user_E, user_N), (item_E, item_N) = users, items
-    user_count_N, item_count_N = ids.counts(user_E, len(user_N)), ids.counts(item_E, len(item_N))
-    user_order_U = ids.users_by_appearance(user_count_N, ids.first_positions(user_E, len(user_N)))
-    item_order_I = ids.items_by_popularity(item_count_N, ids.first_positions(item_E, len(item_N)))
-    index_E = ids.index_of(user_order_U, len(user_N), 0)[user_E]
-    time_E = events[TIME].to_numpy() if TIME in events.column_names else None
-    order_E = np.argsort(index_E, kind="stable") if time_E is None else np.lexsort((time_E, index_E))
-    names, event_E = _event_codes(events)
-    return Ingested(
-        sequences=Sequences(
-            item_E=ids.index_of(item_order_I, len(item_N), 1)[item_E[order_E]],
-            offset_U1=offsets(user_count_N[user_order_U]),
-            time_E=None if time_E is None else time_E[order_E],
-            rating_E=events[RATING].to_numpy()[order_E] if RATING in events.column_names else None,
-            event_E=None if event_E is None else event_E[order_E],
-        ),
-        user_ids=user_N.take(pa.array(user_order_U)),
-        item_ids=item_N.take(pa.array(item_order_I)),
-        count_I=item_count_N[item_order_I],
-        event_types=names,
-        rows=rows,
-        time_unit=unit,
-    )
+def _ahead(blocks: Generator[Checked, None, None]) -> Generator[Checked, None, None]:
+    """The blocks, each read by another thread while the one before is in work."""
+    with contextlib.closing(blocks), ThreadPoolExecutor(1) as reader:
+        waiting = reader.submit(next, blocks, None)
+        while (block := waiting.result()) is not None:
+            waiting = reader.submit(next, blocks, None)
+            yield block
 
 
 def require_events(rows: int, files: Sequence[InputFile]) -> None:
@@ -155,18 +230,5 @@ def event_names(found: Sequence[str]) -> list[str]:
     return names
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], pa.Array]:
-    """Codes by first appearance, and the distinct values in that order."""
-    chunks = column.dictionary_encode().unify_dictionaries().chunks
-    if len(chunks) == 0:
-        return np.zeros(0, dtype=np.int32), pa.array([], pa.string())
-    code_E = np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in chunks])
-    return code_E, chunks[-1].dictionary
-
-
-def _event_codes(events: pa.Table) -> tuple[list[str], npt.NDArray[np.int16] | None]:
-    if EVENT not in events.column_names:
-        return [], None
-    names = event_names(pc.unique(events[EVENT]).to_pylist())
-    codes = pc.index_in(events[EVENT], pa.array(names, pa.string()))
-    return names, codes.to_numpy().astype(np.int16)
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

@@ -7,12 +7,14 @@ once an epoch. Nothing here is random beyond (seed, epoch, user): a resumed or r
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
-from elasticrec.data.sequences import Int32, Int64, Sequences
+from elasticrec.columns import PAD
+from elasticrec.data.inputs import Inputs, read_past
+from elasticrec.data.sequences import Float32, Int16, Int32, Int64, Sequences
 from elasticrec.data.split import SplitData
 from elasticrec.errors import ConfigError, InputError
 
@@ -46,23 +48,41 @@ class Windows:
 
     input_BT: Int32
     target_BT: Int32
+    time_BT: Int64 | None = None  # seconds since the epoch of the inputs
+    request_BT: Int64 | None = None  # seconds since the epoch of the targets
+    rating_BT: Float32 | None = None  # of the inputs
+    event_BT: Int16 | None = None  # of the inputs
 
     @property
     def tokens(self) -> int:
         return int(np.count_nonzero(self.target_BT))
 
+    def padding(self) -> "Windows":
+        """One window of nothing but padding, with the same columns."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        blank = {
+            name: np.zeros_like(part, shape=(1, part.shape[1])) for name, part in columns.items() if part is not None
+        }
+        return Windows(**blank)
+
 
 class Plan:
     """The order of training samples: a pure function of config, data and step."""
 
-    def __init__(self, config: PlanConfig, sequences: Sequences, split: SplitData, max_length: int) -> None:
-        """`max_length`: T, the number of positions of a window.
+    def __init__(
+        self, config: PlanConfig, sequences: Sequences, split: SplitData, max_length: int, inputs: Inputs | None = None
+    ) -> None:
+        """`max_length`: T, the number of positions of a window; `inputs`: what windows hold besides items.
 
         Raises:
+            ConfigError: the data set has not what `inputs` asks for.
             InputError: no user has two training events.
         """
         self.config = config
         self.max_length = max_length
+        self._inputs = inputs or Inputs()
+        self._inputs.check(sequences)
+        self._sequences = sequences
         self._item_E = sequences.item_E
         self._start_U = split.train_start_U
         self._end_U = split.train_end_U
@@ -101,16 +121,21 @@ class Plan:
         return int(self._lengths(self.users(step)).sum())
 
     def windows(self, step: int, users_B: Int64) -> Windows:
-        """Gathers the windows of some users of a step: int32 (B, T) twice."""
+        """Gathers the windows of some users of a step: (B, T) each."""
         epoch = step // self.steps_per_epoch
         length_B = self._lengths(users_B)
         last_B = self._last_target(epoch, users_B, length_B)
         position_BT = last_B[:, None] + np.arange(1 - self.max_length, 1)[None, :]
         valid_BT = np.arange(self.max_length)[None, :] >= self.max_length - length_B[:, None]
-        safe_BT = np.where(valid_BT, position_BT, 1)
+        past = read_past(self._sequences, position_BT - 1, valid_BT, self._inputs)
+        target_BT = np.where(valid_BT, self._item_E[np.where(valid_BT, position_BT, 0)], PAD)
         return Windows(
-            input_BT=np.where(valid_BT, self._item_E[safe_BT - 1], 0).astype(np.int32),
-            target_BT=np.where(valid_BT, self._item_E[safe_BT], 0).astype(np.int32),
+            input_BT=past.item_BT,
+            target_BT=target_BT.astype(np.int32),
+            time_BT=past.time_BT,
+            request_BT=past.request_BT,
+            rating_BT=past.rating_BT,
+            event_BT=past.event_BT,
         )
 
     def _lengths(self, users_B: Int64) -> Int64:
@@ -125,10 +150,11 @@ class Plan:
         return np.asarray(newest_B - np.floor(draw_B * (slack_B + 1)).astype(np.int64))
 
     def _order(self, epoch: int) -> Int64:
-        if self._order_of_epoch is None or self._order_of_epoch[0] != epoch:
+        kept = self._order_of_epoch  # read once: a thread that works ahead may replace it
+        if kept is None or kept[0] != epoch:
             generator = np.random.Generator(np.random.Philox(key=[self.config.seed, epoch]))
-            self._order_of_epoch = (epoch, generator.permutation(self._trainable))
-        return self._order_of_epoch[1]
+            kept = self._order_of_epoch = (epoch, generator.permutation(self._trainable))
+        return kept[1]
 
 
 def _uniform(seed: int, epoch: int, users_B: Int64) -> npt.NDArray[np.float64]:

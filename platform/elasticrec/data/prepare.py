@@ -23,13 +23,14 @@ from elasticrec.data.files import InputFile, find_files
 from elasticrec.data.ingest import Core, Ingested, ingest
 from elasticrec.data.metadata import CategoryText, ItemMap, read_items
 from elasticrec.data.schema import ColumnMap
-from elasticrec.data.sequences import STORE, Sequences, Store, refuse_foreign, write_store
+from elasticrec.data.sequences import STORE, Sequences, Store, forget_pages, refuse_foreign, write_store
 from elasticrec.data.sources import RawDataset, fetch
 from elasticrec.data.split import MIN_EVENTS
 from elasticrec.errors import ConfigError, InputError
 
 Say = Callable[[str], object]
 Engine = Literal["auto", "local", "ray"]
+_BLOCK_EVENTS = 1 << 21
 RAY_FROM_BYTES = 256 << 20  # smaller input is read sooner than a cluster has started its workers
 
 
@@ -150,22 +151,35 @@ def report(store: Store, say: Say) -> None:
 
 def count_ties(sequences: Sequences) -> int | None:
     """Events at the same second as the user's event before; None without times."""
-    if sequences.time_E is None:
+    time_E, begin_U = sequences.time_E, sequences.offset_U1[:-1]
+    if time_E is None:
         return None
-    same_E = np.diff(sequences.time_E, prepend=sequences.time_E[:1] - 1) == 0
-    begin_U = sequences.offset_U1[:-1]
-    same_E[begin_U[begin_U < len(same_E)]] = False
-    return int(same_E.sum())
+    same = 0
+    for begin in range(0, len(time_E), _BLOCK_EVENTS):
+        same += int(np.count_nonzero(np.diff(time_E[begin : begin + _BLOCK_EVENTS + 1]) == 0))
+        forget_pages(time_E)
+    first_U = np.unique(begin_U[(begin_U > 0) & (begin_U < len(time_E))])
+    others = int(np.count_nonzero(time_E[first_U] == time_E[first_U - 1]))
+    forget_pages(time_E)
+    return same - others
 
 
 def _ingest(raw: RawDataset, config: PrepareConfig, core: Core, scratch: contextlib.ExitStack) -> Ingested:
+    path = Path(scratch.enter_context(_scratch_folder(config.out)))
     if not _through_ray(raw.interactions, config):
-        return ingest(raw.interactions, raw.columns, core)
+        return ingest(raw.interactions, raw.columns, core, path)
     from elasticrec.data.ingest_ray import ingest_ray
 
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.TemporaryDirectory(prefix=f".{config.out.name}.scratch-", dir=config.out.parent)
-    return ingest_ray(raw.interactions, raw.columns, core, Path(scratch.enter_context(folder)), address=config.address)
+    return ingest_ray(raw.interactions, raw.columns, core, path, address=config.address)
+
+
+def _scratch_folder(out: Path) -> tempfile.TemporaryDirectory[str]:
+    """On the output's disk, in the nearest folder that exists: nothing is made before the input has been read."""
+    place = next(folder for folder in out.absolute().parents if folder.is_dir())
+    try:
+        return tempfile.TemporaryDirectory(prefix=f".{out.name}.scratch-", dir=place)
+    except OSError as error:  # told of the folder that was asked for
+        raise type(error)(error.errno, error.strerror, str(out.absolute().parent)) from None
 
 
 def _through_ray(files: tuple[InputFile, ...], config: PrepareConfig) -> bool:

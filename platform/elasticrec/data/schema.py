@@ -1,11 +1,11 @@
 """Interaction logs and item tables as the user has them in; checked canonical arrow tables out.
 
-Canonical events: user_id string, item_id string, then what was mapped of timestamp int64 (seconds), rating float32 and
-event_type string. Whatever is wrong becomes one InputError that names the file, the row (data rows, counted from 1), in
-text files the line too, the column, what was found and what to do.
+Canonical events: user_id and item_id as int64 or string, then what was mapped of timestamp int64 (seconds), rating
+float32 and event_type string (or a dictionary of strings). Whatever is wrong becomes one InputError that names the
+file, the row (data rows, counted from 1), in text files the line too, the column, what was found and what to do.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -59,7 +59,23 @@ def read_events(file: InputFile, columns: ColumnMap, row_groups: Sequence[int] |
     Raises:
         InputError: on the first thing that is wrong.
     """
-    part = tables.read(file, columns.names(), row_groups)
+    return _checked(tables.read(file, columns.names(), row_groups), columns)
+
+
+def read_event_blocks(
+    file: InputFile, columns: ColumnMap, row_groups: Sequence[int] | None = None
+) -> Iterator[Checked]:
+    """What `read_events` gives, about a million events at a time; units of time are agreed within each piece only.
+
+    Raises:
+        InputError: on the first thing that is wrong.
+    """
+    kinds = [columns.event] if columns.event is not None else []
+    for part in tables.read_blocks(file, columns.names(), row_groups=row_groups, kinds=kinds):
+        yield _checked(part, columns)
+
+
+def _checked(part: tables.Part, columns: ColumnMap) -> Checked:
     events, kinds = {}, {}
     events[USER], kinds[columns.user] = _ids(part, columns.user)
     events[ITEM], kinds[columns.item] = _ids(part, columns.item)
@@ -69,8 +85,8 @@ def read_events(file: InputFile, columns: ColumnMap, row_groups: Sequence[int] |
     if columns.rating is not None:
         events[RATING] = _ratings(part, columns.rating)
     if columns.event is not None:
-        events[EVENT] = _ids(part, columns.event)[0]
-    return Checked(events=pa.table(events), shown=file.shown, kinds=kinds, time_unit=unit)
+        events[EVENT] = _kinds(part, columns.event)
+    return Checked(events=pa.table(events), shown=part.file.shown, kinds=kinds, time_unit=unit)
 
 
 def check_agreement(parts: Iterable[Checked]) -> None:
@@ -102,39 +118,52 @@ def read_texts(file: InputFile, key: str, others: Sequence[str]) -> pa.Table:
         InputError: on the first thing that is wrong.
     """
     part = tables.read(file, [key, *others])
-    read = {key: _ids(part, key)[0]}
+    read = {key: pc.cast(_ids(part, key)[0], pa.string())}
     for name in others:
-        text = _as_text(part, name)[0]
+        text = pc.cast(_whole_or_text(part, name)[0], pa.string())
         read[name] = pc.fill_null(text, "")
     return pa.table(read)
 
 
 def _ids(part: tables.Part, column: str) -> tuple[pa.Array, str]:
-    text, kind = _as_text(part, column)
-    missing = pc.is_null(text)
+    values, kind = _whole_or_text(part, column)
+    missing = pc.is_null(values) if values.null_count else None
     if kind != "integer":
-        missing = pc.or_(missing, pc.fill_null(pc.is_in(pc.utf8_trim_whitespace(text), pa.array(NO_VALUE)), False))
-    row = tables.first_true(missing)
+        blank = pc.is_in(pc.utf8_trim_whitespace(values), pa.array(NO_VALUE))
+        missing = blank if missing is None else pc.or_(missing, pc.fill_null(blank, False))
+    row = None if missing is None else tables.first_true(missing)
     if row is not None:
-        raise part.error(row, column, f"is {_found(text, row)}, which names nothing; fill it or drop the row")
-    return text, kind
+        raise part.error(row, column, f"is {_found(values, row)}, which names nothing; fill it or drop the row")
+    return values, kind
 
 
-def _as_text(part: tables.Part, column: str) -> tuple[pa.Array, str]:
-    """Values as strings, and what they were: text, integer, or any (separated text does not tell)."""
+def _kinds(part: tables.Part, column: str) -> pa.Array:
+    """Strings, or a dictionary of strings where the file has one and nothing is wrong with it."""
+    values = part.column(column)
+    if pa.types.is_dictionary(values.type) and pa.types.is_string(values.type.value_type) and not values.null_count:
+        blank = pc.is_in(pc.utf8_trim_whitespace(values.dictionary), pa.array(NO_VALUE))
+        if tables.first_true(pc.fill_null(blank, True)) is None:
+            return values
+    return pc.cast(_ids(part, column)[0], pa.string())
+
+
+def _whole_or_text(part: tables.Part, column: str) -> tuple[pa.Array, str]:
+    """Values as int64 or strings, and what they were: text, integer, or any (separated text does not tell)."""
     values = part.column(column)
     if pa.types.is_dictionary(values.type):
         values = pc.cast(values, values.type.value_type)
     kind = values.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         return pc.cast(values, pa.string()), "any" if part.is_text else "text"
-    if pa.types.is_integer(kind):
+    if pa.types.is_uint64(kind):
         return pc.cast(values, pa.string()), "integer"
+    if pa.types.is_integer(kind):
+        return pc.cast(values, pa.int64()), "integer"
     if pa.types.is_floating(kind):  # pandas writes whole numbers so where a value is missing
         values = pc.if_else(pc.is_nan(values), pa.scalar(None, kind), values)
         row = tables.first_true(pc.fill_null(pc.not_equal(values, pc.floor(values)), False))
         if row is None:
-            return pc.cast(pc.cast(values, pa.int64()), pa.string()), "integer"
+            return pc.cast(values, pa.int64()), "integer"
         raise part.error(row, column, f"is {values[row].as_py()!r}; an id must be text or a whole number")
     raise part.error(None, column, f"has type {kind}; an id must be text or a whole number: convert the column")
 

@@ -15,6 +15,7 @@
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -233,7 +234,7 @@ def replacing_folder(final: Path, replaceable: Replaceable | None = None) -> Ite
     Raises:
         ConfigError: something else stands there; it stays as it is.
     """
-    final = Path(os.path.abspath(final))  # "." has no name to write beside
+    final = Path(os.path.realpath(final))  # "." has no name to write beside; a link stays, its folder is replaced
     refuse_foreign(final, replaceable)
     partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -270,6 +271,13 @@ def write_array(path: Path, name: str, values: npt.NDArray[Any]) -> None:
     batch = pa.record_batch([pa.array(values)], names=[name])
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
+    forget_pages(values)
+
+
+def forget_pages(values: npt.NDArray[Any]) -> None:
+    """Takes the pages of a mapped file out of this process; the next look at them maps them again."""
+    if isinstance(values.base, mmap.mmap):
+        values.base.madvise(mmap.MADV_DONTNEED)
 
 
 def sha256_of(path: Path) -> str:
@@ -280,7 +288,8 @@ def sha256_of(path: Path) -> str:
 def _map(path: Path) -> npt.NDArray[Any]:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
-        return cast(npt.NDArray[Any], table.column(0).combine_chunks().to_numpy(zero_copy_only=True))
+        values = table.column(0).chunk(0)  # combine_chunks would copy even one chunk
+        return cast(npt.NDArray[Any], values.to_numpy(zero_copy_only=True))
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"'{path}' cannot be read ({error}); prepare the data set again") from None
 

@@ -55,9 +55,15 @@ class Cases:
 
     def part(self, rank: int, world: int) -> "Cases":
         """Every `world`-th case from `rank` on; the parts of all ranks are the whole."""
-        pick = slice(rank, None, world)
+        return self.take(np.arange(rank, len(self), world))
+
+    def take(self, case_C: Int64) -> "Cases":
+        """Some of the cases, by their places."""
         return Cases(
-            user_C=self.user_C[pick], start_C=self.start_C[pick], end_C=self.end_C[pick], target_C=self.target_C[pick]
+            user_C=self.user_C[case_C],
+            start_C=self.start_C[case_C],
+            end_C=self.end_C[case_C],
+            target_C=self.target_C[case_C],
         )
 
 

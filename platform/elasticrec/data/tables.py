@@ -1,7 +1,8 @@
 """One input file and the wanted columns in; an arrow table that can say where in the file a row stands out."""
 
 import csv
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from elasticrec.data.files import InputFile, ParquetFormat, TextFormat
 from elasticrec.errors import InputError, suggestion
 
 _BLOCK_BYTES = 8 << 20
+_BLOCK_ROWS = 1 << 20
 _STAND_IN = "\x1f"  # replaces separators of several letters, which arrow does not know
 
 
@@ -40,7 +42,7 @@ class Part:
         where = f"'{self.file.shown}', "
         if row is not None:
             where += f"row {self.first_row + row + 1}"
-            where += f" (line {_line_of(self.file, row)}), " if self.is_text else ", "
+            where += f" (line {_line_of(self.file, self.first_row + row)}), " if self.is_text else ", "
         return InputError(f"{where}column '{column}': {why}")
 
 
@@ -56,70 +58,105 @@ def read(file: InputFile, columns: Sequence[str], row_groups: Sequence[int] | No
     Raises:
         InputError: the file is empty, damaged, not UTF-8, or lacks a column.
     """
+    blocks = list(read_blocks(file, columns, row_groups=row_groups))
+    return Part(file=file, table=pa.concat_tables([block.table for block in blocks]), first_row=blocks[0].first_row)
+
+
+def read_blocks(
+    file: InputFile, columns: Sequence[str], *, row_groups: Sequence[int] | None = None, kinds: Sequence[str] = ()
+) -> Iterator[Part]:
+    """What `read` gives in pieces of about a million rows; at least one, which may hold no row.
+
+    Args:
+        kinds: columns of few distinct texts; those of parquet files come as dictionaries, which is faster.
+
+    Raises:
+        InputError: as `read`, when the piece with what is wrong is reached.
+    """
     try:
         if file.bytes == 0 and file.filesystem.get_file_info(file.path).size == 0:
             raise InputError(f"'{file.shown}' is empty (0 bytes); take it out or write it again")
         if isinstance(file.format, ParquetFormat):
-            return _read_parquet(file, columns, row_groups)
-        return _read_text(file, file.format, columns)
+            yield from _parquet_blocks(file, columns, row_groups, kinds)
+        else:
+            yield from _text_blocks(file, file.format, columns)
     except OSError as error:
         raise InputError(f"'{file.shown}' cannot be read: {error}") from None
 
 
-def row_group_count(file: InputFile) -> int:
-    """Pieces that can be read apart: the row groups of a parquet file, 1 for text."""
+def row_group_pieces(file: InputFile, rows: int) -> list[tuple[int, ...]]:
+    """Consecutive row groups of a parquet file that together reach `rows`; none for text, which is read whole."""
     if not isinstance(file.format, ParquetFormat):
-        return 1
+        return []
     try:
         with file.filesystem.open_input_file(file.path) as source:
-            return max(1, int(pq.ParquetFile(source).num_row_groups))
+            metadata = pq.ParquetFile(source).metadata
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"'{file.shown}' is no readable parquet file: {error}") from None
+    size_G = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    piece_G = [before // rows for before in itertools.accumulate(size_G, initial=0)][:-1]
+    return [tuple(groups) for _, groups in itertools.groupby(range(len(size_G)), key=piece_G.__getitem__)]
 
 
-def _read_parquet(file: InputFile, columns: Sequence[str], row_groups: Sequence[int] | None) -> Part:
+def _parquet_blocks(
+    file: InputFile, columns: Sequence[str], row_groups: Sequence[int] | None, kinds: Sequence[str]
+) -> Iterator[Part]:
     with file.filesystem.open_input_file(file.path) as source:
         try:
-            parquet = pq.ParquetFile(source)
+            parquet = pq.ParquetFile(source, read_dictionary=list(kinds))
             _require(file, columns, parquet.schema_arrow.names)
-            if row_groups is None:
-                return Part(file=file, table=parquet.read(columns=list(columns)))
-            before = sum(parquet.metadata.row_group(group).num_rows for group in range(min(row_groups, default=0)))
-            return Part(file=file, table=parquet.read_row_groups(row_groups, columns=list(columns)), first_row=before)
+            groups = list(range(parquet.num_row_groups)) if row_groups is None else list(row_groups)
+            row = sum(parquet.metadata.row_group(group).num_rows for group in range(min(groups, default=0)))
+            wanted = [field for field in parquet.schema_arrow if field.name in columns]
+            batches = parquet.iter_batches(_BLOCK_ROWS, row_groups=groups, columns=list(columns))
+            yield from _in_blocks(file, batches, pa.schema(wanted), row)
         except pa.ArrowInvalid as error:
             raise InputError(f"'{file.shown}' is no readable parquet file: {error}") from None
 
 
-def _read_text(file: InputFile, format: TextFormat, columns: Sequence[str]) -> Part:
+def _text_blocks(file: InputFile, format: TextFormat, columns: Sequence[str]) -> Iterator[Part]:
     header = list(format.header) if format.header else _header(file, format)
     _require(file, columns, header)
     try:
-        table = _parse(file, format, header, columns)
+        with file.filesystem.open_input_stream(file.path) as stream:
+            batches = _parse(stream, format, header, columns)
+            yield from _in_blocks(file, batches, batches.schema, 0)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise _explained(file, format, len(header), str(error)) from None
-    return Part(file=file, table=table)
 
 
-def _parse(file: InputFile, format: TextFormat, header: list[str], columns: Sequence[str]) -> pa.Table:
+def _in_blocks(file: InputFile, batches: Iterable[pa.RecordBatch], schema: pa.Schema, row: int) -> Iterator[Part]:
+    """Joins small batches; `row` is the place of the first row in the file."""
+    waiting: list[pa.RecordBatch] = []
+    rows, empty = 0, True
+    for batch in batches:
+        waiting.append(batch)
+        rows += batch.num_rows
+        if rows >= _BLOCK_ROWS:
+            yield Part(file=file, table=pa.Table.from_batches(waiting, schema), first_row=row)
+            waiting, row, rows, empty = [], row + rows, 0, False
+    if waiting or empty:
+        yield Part(file=file, table=pa.Table.from_batches(waiting, schema), first_row=row)
+
+
+def _parse(stream: Any, format: TextFormat, header: list[str], columns: Sequence[str]) -> Any:
     single = len(format.separator) == 1
-    with file.filesystem.open_input_stream(file.path) as stream:
-        source: Any = stream
-        if not single:
-            source = pa.BufferReader(stream.read().replace(format.separator.encode(), _STAND_IN.encode()))
-        return pacsv.read_csv(
-            source,
-            read_options=pacsv.ReadOptions(
-                column_names=header if format.header else None, encoding=format.encoding, block_size=_BLOCK_BYTES
-            ),
-            parse_options=pacsv.ParseOptions(
-                delimiter=format.separator if single else _STAND_IN, quote_char='"' if format.quoted else False
-            ),
-            convert_options=pacsv.ConvertOptions(
-                include_columns=list(columns),
-                column_types=dict.fromkeys(columns, pa.string()),
-                strings_can_be_null=False,
-            ),
-        )  # fmt: skip
+    if not single:
+        stream = pa.BufferReader(stream.read().replace(format.separator.encode(), _STAND_IN.encode()))
+    return pacsv.open_csv(
+        stream,
+        read_options=pacsv.ReadOptions(
+            column_names=header if format.header else None, encoding=format.encoding, block_size=_BLOCK_BYTES
+        ),
+        parse_options=pacsv.ParseOptions(
+            delimiter=format.separator if single else _STAND_IN, quote_char='"' if format.quoted else False
+        ),
+        convert_options=pacsv.ConvertOptions(
+            include_columns=list(columns),
+            column_types=dict.fromkeys(columns, pa.string()),
+            strings_can_be_null=False,
+        ),
+    )
 
 
 def _header(file: InputFile, format: TextFormat) -> list[str]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from elasticrec.data.codes import whole_numbers
 from elasticrec.data.sequences import Int64
 
 NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
@@ -58,6 +59,9 @@ def parse_times(column: Any) -> Times:
 
 
 def _text(column: Any) -> Times:
+    number = whole_numbers(column)  # what most logs hold, without the regular expressions
+    if number is not None and len(number) and pc.max(number).as_py() < 10**18:
+        return _numbers(number.to_numpy(zero_copy_only=False), column)
     number_E = _mask(pc.match_substring_regex(column, NUMBER))
     if number_E.all():
         whole = bool(pc.all(pc.match_substring_regex(column, _WHOLE)).as_py())

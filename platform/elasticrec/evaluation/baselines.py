@@ -12,6 +12,7 @@ from torch import Tensor
 from elasticrec.data.sequences import Int64, Sequences
 from elasticrec.data.split import SplitData
 from elasticrec.evaluation.ranking import Scorer, training_counts
+from elasticrec.model.history import History
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +21,8 @@ class FixedOrder:
 
     score_I: Tensor
 
-    def scores(self, item_BT: Tensor) -> Tensor:
-        return self.score_I.expand(len(item_BT), -1)
+    def scores(self, history: History) -> Tensor:
+        return self.score_I.expand(len(history.item_BT), -1)
 
 
 def popularity(sequences: Sequences, split: SplitData, n_items: int) -> FixedOrder:

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor
 
 from elasticrec.columns import PAD
-from elasticrec.data.sequences import Int32, Int64, Sequences
+from elasticrec.data.inputs import Inputs, read_past
+from elasticrec.data.sequences import Int64, Sequences
 from elasticrec.data.split import Cases, SplitData
 from elasticrec.errors import ConfigError, ElasticRecError
 from elasticrec.evaluation import metrics
+from elasticrec.model.history import History
+
+SCORE_BYTES = 2**29  # of all scores that are held at a time
+_CHUNK_USERS = 1 << 14  # whose events are looked at together
+_BYTES_OF_SCORE = 20  # scores twice, comparisons and counts beside them
 
 MISS = np.iinfo(np.int64).max  # rank of an answer that was removed: below every k, also where k exceeds the catalogue
 
@@ -36,8 +42,8 @@ class EvaluationConfig:
 class Scorer(Protocol):
     """Anything that scores all items for a batch of histories."""
 
-    def scores(self, item_BT: Tensor) -> Tensor:
-        """int (B, T) right-aligned histories, padded with 0 -> float (B, I), higher is better."""
+    def scores(self, history: History) -> Tensor:
+        """Right-aligned histories, padded with 0 -> float (B, I), higher is better."""
         ...
 
 
@@ -86,27 +92,33 @@ def rank(
     config: EvaluationConfig,
     *,
     max_length: int,
+    tops: bool = True,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Ranking:
     """Ranks of all answers. Ties go to the more popular item (the smaller index), so that the result is one.
 
+    Args:
+        tops: false leaves `top_CK` empty, which saves the search for the best items.
+
     Raises:
         ElasticRecError: the scorer gave NaN.
     """
-    ranks, tops = [np.empty(0, dtype=np.int64)], [np.empty((0, max(config.ks)), dtype=np.int64)]
-    for batch in _batches(cases, config.batch_cases):
-        score_BI = scorer.scores(torch.from_numpy(histories(sequences, batch, max_length))).float().cpu()
+    rank_parts, top_parts = [np.empty(0, dtype=np.int64)], [np.empty((0, max(config.ks)), dtype=np.int64)]
+    for batch in _affordable(scorer, sequences, cases, config.batch_cases, max_length):
+        score_BI = scorer.scores(histories(sequences, batch, max_length)).float()
         if torch.isnan(score_BI).any():
             raise ElasticRecError("the model's scores hold NaN; it has diverged, train with a lower learning rate")
         score_BI = score_BI.clone()
         score_BI[:, PAD] = float("-inf")
         if config.remove_seen:
-            score_BI[_seen(sequences, batch)] = float("-inf")
-        target_B = torch.from_numpy(sequences.item_E[batch.target_C].astype(np.int64))
-        ranks.append(_rank_of(score_BI, target_B))
-        tops.append(_top(score_BI, max(config.ks)))
+            row_S, item_S = _seen(sequences, batch)
+            score_BI[row_S.to(score_BI.device), item_S.to(score_BI.device)] = float("-inf")
+        target_B = torch.from_numpy(sequences.item_E[batch.target_C].astype(np.int64)).to(score_BI.device)
+        rank_parts.append(_rank_of(score_BI, target_B))
+        if tops:
+            top_parts.append(_top(score_BI, max(config.ks)))
         advance(len(batch))
-    return Ranking(rank_C=np.concatenate(ranks), top_CK=np.concatenate(tops))
+    return Ranking(rank_C=np.concatenate(rank_parts), top_CK=np.concatenate(top_parts))
 
 
 def summarize(ranking: Ranking, config: EvaluationConfig, count_I: Int64) -> Report:
@@ -130,20 +142,39 @@ def rank_metrics(rank_C: Int64, config: EvaluationConfig) -> tuple[dict[str, flo
     return means, errors
 
 
-def histories(sequences: Sequences, cases: Cases, max_length: int) -> Int32:
-    """The newest `max_length` events that each case may see: int32 (C, T), right-aligned."""
+def histories(sequences: Sequences, cases: Cases, max_length: int) -> History:
+    """The newest `max_length` events that each case may see, with all that the store knows of them.
+
+    The answer is asked for at its own time: a service knows the time of a request too.
+    """
     position_CT = cases.end_C[:, None] + np.arange(-max_length, 0)[None, :]
     valid_CT = position_CT >= cases.start_C[:, None]
-    return np.where(valid_CT, sequences.item_E[np.where(valid_CT, position_CT, 0)], PAD).astype(np.int32)
+    past = read_past(sequences, position_CT, valid_CT, Inputs.of(sequences))
+    if past.request_BT is not None and sequences.time_E is not None:
+        past.request_BT[:, -1] = sequences.time_E[cases.target_C]
+    return History.of(past)
 
 
 def training_counts(sequences: Sequences, split: SplitData, n_items: int) -> Int64:
     """Training events of each item: int64 (I,)."""
-    delta_E1 = np.zeros(len(sequences.item_E) + 1, dtype=np.int64)
-    np.add.at(delta_E1, split.train_start_U, 1)
-    np.add.at(delta_E1, split.train_end_U, -1)
-    trains_E = np.cumsum(delta_E1[:-1]) > 0
-    return np.bincount(sequences.item_E[trains_E], minlength=n_items + 1).astype(np.int64)
+    count_I = np.zeros(n_items + 1, dtype=np.int64)
+    for begin in range(0, len(split.train_start_U), _CHUNK_USERS):
+        start_B, end_B = (end_U[begin : begin + _CHUNK_USERS] for end_U in (split.train_start_U, split.train_end_U))
+        first, last = int(start_B.min()), int(end_B.max())
+        delta_E1 = np.zeros(last - first + 1, dtype=np.int64)
+        np.add.at(delta_E1, start_B - first, 1)
+        np.add.at(delta_E1, end_B - first, -1)
+        count_I += np.bincount(sequences.item_E[first:last][delta_E1[:-1].cumsum() > 0], minlength=n_items + 1)
+    return count_I
+
+
+def _affordable(scorer: Scorer, sequences: Sequences, cases: Cases, size: int, max_length: int) -> Iterator[Cases]:
+    """Batches of `size`, cut further where the catalogue is so large that their scores would not fit."""
+    first = next(_batches(cases, 1), cases)
+    n_scores = scorer.scores(histories(sequences, first, max_length)).shape[1] if len(first) else 1
+    fit = max(1, SCORE_BYTES // (_BYTES_OF_SCORE * n_scores))
+    for batch in _batches(cases, size):
+        yield from _batches(batch, fit)
 
 
 def _batches(cases: Cases, size: int) -> Iterator[Cases]:
@@ -168,11 +199,11 @@ def _seen(sequences: Sequences, cases: Cases) -> tuple[Tensor, Tensor]:
 
 def _rank_of(score_BI: Tensor, target_B: Tensor) -> Int64:
     target_score_B1 = score_BI.gather(1, target_B[:, None])
-    index_I = torch.arange(score_BI.shape[1])
+    index_I = torch.arange(score_BI.shape[1], device=score_BI.device)
     better_BI = (score_BI > target_score_B1) | ((score_BI == target_score_B1) & (index_I < target_B[:, None]))
     rank_B = better_BI.sum(dim=1)
     rank_B[torch.isinf(target_score_B1[:, 0])] = MISS
-    return np.asarray(rank_B.numpy(), dtype=np.int64)
+    return np.asarray(rank_B.cpu().numpy(), dtype=np.int64)
 
 
 def _top(score_BI: Tensor, k: int) -> Int64:
@@ -185,4 +216,4 @@ def _top(score_BI: Tensor, k: int) -> Int64:
     index_BK = kept_BI.nonzero()[:, 1].view(-1, size)
     value_BK, order_BK = score_BI.gather(1, index_BK).sort(dim=1, descending=True, stable=True)
     top_BK = index_BK.gather(1, order_BK).masked_fill(torch.isinf(value_BK), PAD)
-    return np.pad(np.asarray(top_BK.numpy(), dtype=np.int64), ((0, 0), (0, k - size)), constant_values=PAD)
+    return np.pad(np.asarray(top_BK.cpu().numpy(), dtype=np.int64), ((0, 0), (0, k - size)), constant_values=PAD)

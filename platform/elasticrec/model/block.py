@@ -1,74 +1,78 @@
 """One residual block: gated causal attention, then a gated feed-forward layer.
 
-# B users, T positions, D width, N heads, H = D / N head width, F feed-forward width
+# M tokens, B users, L positions of the grid, D width, N heads, H = D / N head width, F feed-forward width
 """
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elasticrec.errors import ConfigError
+from elasticrec.model.bias import RelativeBias, Scene, TimeGaps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockConfig:
     """Softmax attention with HSTU's output gate (arXiv 2402.17152) and a SwiGLU layer (arXiv 2002.05202)."""
 
+    kind: ClassVar[str] = "gated"
     heads: int = 2
     expansion: float = 2.0  # F / D
     residual_gates: bool = False  # LiGR sigmoid gates on both residuals (arXiv 2502.03417)
+    attention: Literal["sdpa", "flex"] = "sdpa"  # flex: FlexAttention on a GPU; elsewhere sdpa computes the same
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.expansion <= 0:
             raise ConfigError(f"block needs heads >= 1 and expansion > 0, got {self.heads} and {self.expansion}")
 
 
-class RelativeBias(nn.Module):
-    """A learned bias for each head and distance i - j, with the causal mask built in."""
+def split_heads(x_BLX: Tensor, heads: int, parts: int) -> list[Tensor]:
+    """(B, L, parts * D) as `parts` views (B, N, L, H)."""
+    batch, length, _ = x_BLX.shape
+    return [part.view(batch, length, heads, -1).transpose(1, 2) for part in x_BLX.chunk(parts, dim=-1)]
 
-    def __init__(self, heads: int, max_length: int) -> None:
-        super().__init__()
-        self.weight_NT = nn.Parameter(torch.zeros(heads, max_length))
-        position_T = torch.arange(max_length)
-        distance_TT = position_T[:, None] - position_T[None, :]
-        self.register_buffer("distance_TT", distance_TT.clamp(min=0), persistent=False)
-        self.register_buffer("future_TT", distance_TT < 0, persistent=False)
 
-    def forward(self, length: int) -> Tensor:
-        """Bias (N, T, T) for sequences of `length` positions; -inf where a position would see its future."""
-        distance_TT = self.get_buffer("distance_TT")[:length, :length]
-        bias_NTT = F.embedding(distance_TT, self.weight_NT.t()).permute(2, 0, 1)
-        return bias_NTT.masked_fill(self.get_buffer("future_TT")[:length, :length], float("-inf"))
+def merge_heads(x_BNLH: Tensor) -> Tensor:
+    """(B, N, L, H) as (B, L, D)."""
+    return x_BNLH.transpose(1, 2).flatten(2)
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raises ConfigError unless the width divides over the heads."""
+    if width % heads:
+        raise ConfigError(f"width {width} does not divide over {heads} heads; change width or heads")
 
 
 class GatedAttention(nn.Module):
     """W_o (LN(softmax(q k / sqrt(H) + bias) v) * silu(u))."""
 
-    def __init__(self, width: int, heads: int, max_length: int) -> None:
+    def __init__(
+        self, width: int, heads: int, max_length: int, time: TimeGaps | None = None, *, flex: bool = False
+    ) -> None:
         super().__init__()
         self.heads = heads
+        self.flex = flex
         self.project = nn.Linear(width, 4 * width, bias=False)
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, width, bias=False)
-        self.bias = RelativeBias(heads, max_length)
+        self.bias = RelativeBias(heads, max_length, time)
 
-    def forward(self, x_BTD: Tensor, padding_BT: Tensor) -> Tensor:
-        batch, length, width = x_BTD.shape
-        q_BTD, k_BTD, v_BTD, u_BTD = self.project(x_BTD).chunk(4, dim=-1)
-        q_BNTH, k_BNTH, v_BNTH = (
-            part.view(batch, length, self.heads, width // self.heads).transpose(1, 2) for part in (q_BTD, k_BTD, v_BTD)
-        )
-        bias_BNTT = self._mask(self.bias(length), padding_BT)
-        a_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, attn_mask=bias_BNTT)
-        a_BTD = a_BNTH.transpose(1, 2).reshape(batch, length, width)
-        return self.out(self.norm(a_BTD) * F.silu(u_BTD))  # type: ignore[no-any-return]
+    def forward(self, x_MD: Tensor, scene: Scene) -> Tensor:
+        width = x_MD.shape[-1]
+        qkv_M3D, u_MD = self.project(x_MD).split([3 * width, width], dim=-1)
+        q_BNLH, k_BNLH, v_BNLH = split_heads(scene.layout.grid(qkv_M3D), self.heads, 3)
+        a_MD = scene.layout.gather(merge_heads(self._attend(q_BNLH, k_BNLH, v_BNLH, scene)))
+        return self.out(self.norm(a_MD) * F.silu(u_MD))  # type: ignore[no-any-return]
 
-    @staticmethod
-    def _mask(bias_NTT: Tensor, padding_BT: Tensor) -> Tensor:
-        # A large finite value: a padding row sees only padding, and -inf throughout would give NaN.
-        return bias_NTT[None] + padding_BT[:, None, None, :].to(bias_NTT.dtype) * -1e9
+    def _attend(self, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, scene: Scene) -> Tensor:
+        if not (self.flex and q_BNLH.is_cuda):
+            return F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH, attn_mask=self.bias.masked(scene))
+        from elasticrec.model.flex import flex_attention  # late: it imports torch's compiler
+
+        return flex_attention(q_BNLH, k_BNLH, v_BNLH, self.bias, scene)
 
 
 class FeedForward(nn.Module):
@@ -79,31 +83,32 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        value_BTF, gate_BTF = self.up(x_BTD).chunk(2, dim=-1)
-        return self.down(value_BTF * F.silu(gate_BTF))  # type: ignore[no-any-return]
+    def forward(self, x_MD: Tensor) -> Tensor:
+        value_MF, gate_MF = self.up(x_MD).chunk(2, dim=-1)
+        return self.down(value_MF * F.silu(gate_MF))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
     """x + attention(LN x), then x + feed-forward(LN x); both optionally behind a LiGR gate."""
 
-    def __init__(self, config: BlockConfig, width: int, max_length: int, dropout: float) -> None:
+    def __init__(
+        self, config: BlockConfig, width: int, max_length: int, dropout: float, time: TimeGaps | None = None
+    ) -> None:
         super().__init__()
-        if width % config.heads:
-            raise ConfigError(f"width {width} does not divide over {config.heads} heads; change width or heads")
+        check_heads(width, config.heads)
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = GatedAttention(width, config.heads, max_length)
+        self.attention = GatedAttention(width, config.heads, max_length, time, flex=config.attention == "flex")
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, int(width * config.expansion))
         self.attention_gate = nn.Linear(width, width) if config.residual_gates else None
         self.feed_forward_gate = nn.Linear(width, width) if config.residual_gates else None
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BTD: Tensor, padding_BT: Tensor) -> Tensor:
-        """x_BTD: (B, T, D) floats; padding_BT: (B, T) true where a position is padding."""
-        x_BTD = self._add(x_BTD, self.attention(self.attention_norm(x_BTD), padding_BT), self.attention_gate)
-        return self._add(x_BTD, self.feed_forward(self.feed_forward_norm(x_BTD)), self.feed_forward_gate)
+    def forward(self, x_MD: Tensor, scene: Scene) -> Tensor:
+        """float (M, D) in and out."""
+        x_MD = self._add(x_MD, self.attention(self.attention_norm(x_MD), scene), self.attention_gate)
+        return self._add(x_MD, self.feed_forward(self.feed_forward_norm(x_MD)), self.feed_forward_gate)
 
-    def _add(self, x_BTD: Tensor, y_BTD: Tensor, gate: nn.Linear | None) -> Tensor:
-        y_BTD = self.dropout(y_BTD)
-        return x_BTD + (y_BTD if gate is None else y_BTD * torch.sigmoid(gate(x_BTD)))
+    def _add(self, x_MD: Tensor, y_MD: Tensor, gate: nn.Linear | None) -> Tensor:
+        y_MD = self.dropout(y_MD)
+        return x_MD + (y_MD if gate is None else y_MD * torch.sigmoid(gate(x_MD)))

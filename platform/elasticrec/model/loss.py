@@ -1,14 +1,21 @@
-"""Hidden vectors and targets in, summed cross-entropy over the whole catalogue out.
+"""Hidden vectors and targets in, summed loss out; cross-entropy over the whole catalogue among them.
 
-# M tokens (non-padding positions), m tokens of a chunk, D width, I items (without padding)
+# M tokens (non-padding positions), m tokens of a chunk, D width, I items (without padding), K negatives
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from elasticrec.columns import PAD
+from elasticrec.errors import ConfigError
+from elasticrec.model.history import History
 from elasticrec.model.network import Network
 
 # Logits that are held at a time. On a CPU they should stay in the cache: 1 MB measured fastest of 0.5 to 4 MB.
@@ -16,50 +23,188 @@ MIN_CHUNK = 128  # tokens: fewer make thin matrix products, which cost more than
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**28}
 
 
-def full_softmax(network: Network, h_BTD: Tensor, target_BT: Tensor) -> Tensor:
-    """Sum over non-padding positions of -log softmax(scores)[target]; a scalar.
+SoftmaxGradient = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
+
+
+class Negatives(NamedTuple):
+    """Items that all answers of a global step are told from, each once."""
+
+    item_K: Tensor  # int64, as the batch numbers items
+    log_weight_K: Tensor  # float32, added to the item's logit: it stands for that many of the catalogue
+
+
+class Batch(NamedTuple):
+    """What one forward pass trains on."""
+
+    history: History
+    target_BT: Tensor  # item index of the answer at each position; 0 pads
+    negatives: Negatives | None = None  # of losses that do not look at the whole catalogue
+    place_M: Tensor | None = None  # where targets are among the B * T positions, if the host has counted them
+
+    def answers(self, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden vectors (M, D) and targets (M,) of positions that have one. Without `place_M` a GPU is waited for."""
+        if self.place_M is None:
+            answered_BT = self.target_BT != PAD
+            return h_BTD[answered_BT], self.target_BT[answered_BT].long()
+        target_M = self.target_BT.flatten().index_select(0, self.place_M).long()
+        return h_BTD.flatten(0, 1).index_select(0, self.place_M), target_M
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FullSoftmax:
+    """Cross-entropy over the whole catalogue."""
+
+    kind: ClassVar[str] = "full_softmax"
+    label_smoothing: float = 0.0
+    fused: bool = False  # softmax and its gradient as one compiled kernel: less memory traffic on a GPU
+
+    def __post_init__(self) -> None:
+        check_smoothing(self.label_smoothing)
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    """Raises ConfigError unless it is a share below one."""
+    if not 0 <= label_smoothing < 1:
+        raise ConfigError(f"label_smoothing {label_smoothing} must be at least 0 and below 1")
+
+
+class SummedLoss(nn.Module):
+    """Network and loss as one module, so that a wrapper sees a single forward."""
+
+    def __init__(self, network: Network, config: object) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+        self.hidden: Callable[[History], Tensor] = network.__call__  # `training.compute` may put a compiled one here
+        self.products = torch.float32  # what matrix products take; their results are summed in float32
+
+    def forward(self, batch: Batch) -> Tensor:
+        """A batch in, its loss summed over non-padding positions out; a scalar."""
+        if self.products == torch.float32:
+            return summed_loss(self.config, self.network, self.hidden(batch.history), batch)
+        with torch.autocast(batch.target_BT.device.type, self.products):
+            return summed_loss(self.config, self.network, self.hidden(batch.history).float(), batch)
+
+    def step_rows(self) -> Tensor | None:
+        """The leaf (U, D) that takes the item table's place in this step, where only some rows train.
+
+        Wrappers that look for parameters do not see it: who reduces gradients must ask for it in every step.
+        """
+        focus = self.network.encoder.items.focus
+        return None if focus is None else focus.row_UD
+
+    def leaves(self) -> list[Tensor]:
+        """All tensors that bear a gradient in this step."""
+        rows_UD = self.step_rows()
+        trained: list[Tensor] = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        return trained if rows_UD is None else [*trained, rows_UD]
+
+
+@singledispatch
+def summed_loss(config: object, network: Network, h_BTD: Tensor, batch: Batch) -> Tensor:  # noqa: ARG001 - dispatched
+    """Sum over non-padding positions of the loss of the config's type; a scalar.
 
     A sum, not a mean: the caller divides by the number of tokens of the global step, so that the loss does not
     depend on how the step was cut.
     """
-    h_MD = h_BTD[target_BT != PAD]
-    target_M = target_BT[target_BT != PAD].long()
-    item_ID = network.encoder.items.directions()[1:]
-    return summed_cross_entropy(network.head.query(h_MD), item_ID, target_M - 1)
+    raise ConfigError(f"no loss for {type(config).__name__}")
 
 
-def summed_cross_entropy(query_MD: Tensor, item_ID: Tensor, target_M: Tensor) -> Tensor:
+@summed_loss.register
+def _(config: FullSoftmax, network: Network, h_BTD: Tensor, batch: Batch) -> Tensor:
+    h_MD, target_M = batch.answers(h_BTD)
+    target_M = target_M - 1
+    query_MD, key_ID = network.head.query(h_MD), network.keys()[1:]
+    loss = summed_cross_entropy(query_MD, key_ID, target_M, fused=config.fused)
+    if config.label_smoothing:
+        target_MD = F.embedding(target_M, key_ID)
+        loss = loss + config.label_smoothing * smoothing(query_MD, target_MD, key_ID.mean(dim=0))
+    return loss
+
+
+def smoothing(query_MD: Tensor, target_MD: Tensor, mean_D: Tensor) -> Tensor:
+    """What one target less and the mean of all items more adds to a summed cross-entropy (arXiv 1512.00567)."""
+    return (query_MD * (target_MD - mean_D)).sum()
+
+
+def summed_cross_entropy(query_MD: Tensor, item_ID: Tensor, target_M: Tensor, *, fused: bool = False) -> Tensor:
     """`cross_entropy(query @ item.T, target, reduction="sum")` without ever holding all (M, I) logits.
 
-    On the CPU about 2.6 times as fast as the two separate operations (6,400 tokens, 1,682 items, one thread).
+    On the CPU about 2.6 times as fast as the two separate operations (6,400 tokens, 1,682 items, one thread). Within
+    autocast the products take its type; logits, softmax and sums stay float32.
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(query_MD, item_ID, target_M)  # type: ignore[no-untyped-call]
+    softmax = compiled_softmax_gradient() if fused else softmax_gradient_in_place
+    loss: Tensor = _ChunkedCrossEntropy.apply(query_MD, item_ID, target_M, softmax)  # type: ignore[no-untyped-call]
     return loss
+
+
+def chunk_tokens(device: torch.device, logits: int) -> int:
+    """Tokens whose logits are held at a time, so many of each."""
+    return max(MIN_CHUNK, CHUNK_BYTES[device.type] // (4 * logits))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes the gradients along with the loss, while a chunk of logits is in the cache."""
 
     @staticmethod
-    def forward(ctx: Any, query_MD: Tensor, item_ID: Tensor, target_M: Tensor) -> Tensor:
+    def forward(ctx: Any, query_MD: Tensor, item_ID: Tensor, target_M: Tensor, softmax: SoftmaxGradient) -> Tensor:
+        device = query_MD.device
+        products = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query_MD.dtype
         query_grad_MD, item_grad_ID = torch.empty_like(query_MD), torch.zeros_like(item_ID)
-        loss = torch.zeros((), dtype=torch.float64, device=query_MD.device)
-        size = max(MIN_CHUNK, CHUNK_BYTES[query_MD.device.type] // (4 * len(item_ID)))
-        for begin in range(0, len(query_MD), size):
-            query_mD, target_m1 = query_MD[begin : begin + size], target_M[begin : begin + size, None]
-            logits_mI = query_mD @ item_ID.t()
-            peak_m1, picked_m1 = logits_mI.amax(dim=1, keepdim=True), logits_mI.gather(1, target_m1)
-            logits_mI.sub_(peak_m1).exp_()
-            total_m1 = logits_mI.sum(dim=1, keepdim=True)
-            loss += (total_m1.log() + peak_m1 - picked_m1).sum()
-            grad_mI = logits_mI.div_(total_m1)  # softmax; minus one at the target it is the gradient
-            grad_mI.scatter_add_(1, target_m1, torch.full_like(picked_m1, -1.0))
-            query_grad_MD[begin : begin + size] = grad_mI @ item_ID
-            item_grad_ID.addmm_(grad_mI.t(), query_mD)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        size = chunk_tokens(device, len(item_ID))
+        with torch.autocast(device.type, enabled=False):
+            query_MD, item_ID = query_MD.to(products), item_ID.to(products)
+            for begin in range(0, len(query_MD), size):
+                query_mD, target_m1 = query_MD[begin : begin + size], target_M[begin : begin + size, None]
+                loss_chunk, grad_mI = softmax(_product(query_mD, item_ID.t()), target_m1, products)
+                loss += loss_chunk
+                query_grad_MD[begin : begin + size] = _product(grad_mI, item_ID)
+                if products == item_grad_ID.dtype:
+                    item_grad_ID.addmm_(grad_mI.t(), query_mD)
+                else:
+                    item_grad_ID += _product(grad_mI.t(), query_mD)
         ctx.save_for_backward(query_grad_MD, item_grad_ID)
-        return loss.to(query_MD.dtype)
+        return loss.to(query_grad_MD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         query_grad_MD, item_grad_ID = ctx.saved_tensors
-        return query_grad_MD * grads[0], item_grad_ID * grads[0], None
+        return query_grad_MD * grads[0], item_grad_ID * grads[0], None, None
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """one @ other; of half-precision factors in float32."""
+    if one.dtype in (torch.float32, torch.float64):
+        return one @ other
+    if one.is_cuda:
+        return torch.mm(one, other, out_dtype=torch.float32)
+    return one.float() @ other.float()  # what a GPU's tensor cores compute; torch offers it nowhere else
+
+
+def softmax_gradient_in_place(logits_mI: Tensor, target_m1: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy and its gradient by the logits: (m, I) as products take it, in the place of the logits."""
+    peak_m1, picked_m1 = logits_mI.amax(dim=1, keepdim=True), logits_mI.gather(1, target_m1)
+    logits_mI.sub_(peak_m1).exp_()
+    total_m1 = logits_mI.sum(dim=1, keepdim=True)
+    loss = (total_m1.log() + peak_m1 - picked_m1).sum()
+    grad_mI = logits_mI.div_(total_m1)  # softmax; minus one at the target it is the gradient
+    return loss, grad_mI.scatter_add_(1, target_m1, torch.full_like(picked_m1, -1.0)).to(products)
+
+
+def softmax_gradient(logits_mI: Tensor, target_m1: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same without writing in place or scattering, so that a compiler can make two passes of it."""
+    hit_mI = torch.arange(logits_mI.shape[1], device=logits_mI.device) == target_m1
+    peak_m1 = logits_mI.amax(dim=1, keepdim=True)
+    power_mI = (logits_mI - peak_m1).exp()
+    total_m1 = power_mI.sum(dim=1, keepdim=True)
+    picked_m1 = torch.where(hit_mI, logits_mI, 0.0).sum(dim=1, keepdim=True)
+    grad_mI = power_mI / total_m1 - hit_mI.to(logits_mI.dtype)
+    return (total_m1.log() + peak_m1 - picked_m1).sum(), grad_mI.to(products)
+
+
+@functools.cache
+def compiled_softmax_gradient() -> SoftmaxGradient:
+    """`softmax_gradient`, compiled at its first call."""
+    compiled: SoftmaxGradient = torch.compile(softmax_gradient)
+    return compiled

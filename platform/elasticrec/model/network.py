@@ -9,17 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from elasticrec.columns import PAD
+from elasticrec.errors import ConfigError
 from elasticrec.model.encoder import Encoder, EncoderConfig
-from elasticrec.model.head import CosineHead, HeadConfig
-from elasticrec.model.quantized import Precision, make_table
+from elasticrec.model.head import AnyHead, HeadConfig, make_head
+from elasticrec.model.history import History
+from elasticrec.model.mean import MeanEncoder, MeanEncoderConfig
+from elasticrec.model.quantized import ItemTable, Precision, make_table
+
+AnyEncoder = EncoderConfig | MeanEncoderConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
     """Everything that is needed to build a network apart from the number of items."""
 
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    head: HeadConfig = field(default_factory=HeadConfig)
+    encoder: AnyEncoder = field(default_factory=EncoderConfig)
+    head: AnyHead = field(default_factory=HeadConfig)
     table: Precision = "float32"
 
 
@@ -31,17 +36,31 @@ class Network(nn.Module):
         self.config = config
         self.n_items = n_items
         table = make_table(config.table, n_items + 1, config.encoder.width)
-        self.encoder = Encoder(config.encoder, table)
-        self.head = CosineHead(config.head)
+        self.encoder = make_encoder(config.encoder, table)
+        self.head = make_head(config.head, config.encoder.width)
 
-    def forward(self, item_BT: Tensor) -> Tensor:
-        """int (B, T) right-aligned histories -> float (B, T, D) hidden vectors."""
-        return self.encoder(item_BT)  # type: ignore[no-any-return]
+    def forward(self, history: History) -> Tensor:
+        """Right-aligned histories -> float (B, T, D) hidden vectors."""
+        return self.encoder(history)  # type: ignore[no-any-return]
+
+    def keys(self, index: Tensor | None = None) -> Tensor:
+        """What `head.query(h)` is multiplied with: float (I, D) for the whole table, or (..., D) for some items."""
+        items = self.encoder.items
+        return self.head.keys(items) if index is None else self.head.key(items(index))
 
     @torch.inference_mode()
-    def scores(self, item_BT: Tensor) -> Tensor:
+    def scores(self, history: History) -> Tensor:
         """Scores of the next item for each history: float32 (B, I); index 0 is -inf."""
-        h_BD = self.encoder(item_BT.to(self.head.log_scale.device))[:, -1]
+        h_BD = self.encoder(history.to(next(self.parameters()).device))[:, -1]
         score_BI: Tensor = self.head(h_BD, self.encoder.items).float()
         score_BI[:, PAD] = float("-inf")
         return score_BI
+
+
+def make_encoder(config: AnyEncoder, items: ItemTable) -> Encoder | MeanEncoder:
+    """The encoder of the config's type."""
+    if isinstance(config, EncoderConfig):
+        return Encoder(config, items)
+    if isinstance(config, MeanEncoderConfig):
+        return MeanEncoder(config, items)
+    raise ConfigError(f"no encoder for {type(config).__name__}")

@@ -7,7 +7,7 @@ keeps a float copy of its rows: what is cached is one float a row, the inverse o
 """
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,18 @@ _SMALLEST_LENGTH = 1e-12  # as in F.normalize, for the padding row
 _LARGEST_INT8 = 127
 
 
+class Focus(NamedTuple):
+    """Some rows that stand for the whole table during a training step: item index u means item_U[u] then."""
+
+    item_U: Tensor  # int64, ascending; the first is padding
+    row_UD: Tensor  # float32, a leaf that bears a gradient
+
+
 class ItemTable(nn.Module):
     """What the network needs of a table: vectors of items, and the cosine of queries to all items."""
 
     weight_ID: Tensor
+    focus: Focus | None = None
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -36,15 +44,23 @@ class ItemTable(nn.Module):
         """Vectors of the indexed items: float32 (..., D)."""
         raise NotImplementedError
 
-    def directions(self) -> Tensor:
-        """All rows scaled to length one, as float32 (I, D); a row's scale cancels."""
-        return F.normalize(self.weight_ID.float(), dim=-1)
+    def rows(self) -> Tensor:
+        """Vectors of all items: float32 (I, D)."""
+        return self.weight_ID.float()
 
-    def cosine(self, unit_query_BD: Tensor) -> Tensor:
-        """Cosine of each query (of length one) to each row: float32 (B, I)."""
-        if torch.is_grad_enabled() and (self.weight_ID.requires_grad or unit_query_BD.requires_grad):
-            return unit_query_BD @ self.directions().t()
-        return self._products(unit_query_BD).mul_(self._inverse_lengths())
+    def directions(self) -> Tensor:
+        """All rows scaled to length one: float32 (I, D)."""
+        return F.normalize(self.rows(), dim=-1)
+
+    def dot(self, query_BD: Tensor) -> Tensor:
+        """Product of each query and each row: float32 (B, I)."""
+        return self._products(query_BD)
+
+    def cosine(self, query_BD: Tensor) -> Tensor:
+        """Product of each query and the direction of each row: float32 (B, I); the cosine of queries of length one."""
+        if torch.is_grad_enabled() and (self.weight_ID.requires_grad or query_BD.requires_grad):
+            return query_BD @ self.directions().t()
+        return self._products(query_BD).mul_(self._inverse_lengths())
 
     def cached_bytes(self) -> int:
         """Bytes held beside the parameters and buffers."""
@@ -84,7 +100,11 @@ class FloatTable(ItemTable):
             self.weight_ID[0].zero_()
 
     def forward(self, index: Tensor) -> Tensor:
-        return F.embedding(index, self.weight_ID, padding_idx=0)
+        return F.embedding(index, self.rows(), padding_idx=0)
+
+    def rows(self) -> Tensor:
+        """Vectors of all items, or of those in focus."""
+        return self.weight_ID if self.focus is None else self.focus.row_UD
 
     def _products(self, query_BD: Tensor) -> Tensor:
         return query_BD @ self.weight_ID.t()
@@ -118,6 +138,12 @@ class Int8Table(ItemTable):
 
     def forward(self, index: Tensor) -> Tensor:
         return F.embedding(index, self.weight_ID).float() * self.get_buffer("scale_I")[index].unsqueeze(-1)
+
+    def rows(self) -> Tensor:
+        return self.weight_ID.float() * self.get_buffer("scale_I").unsqueeze(-1)
+
+    def dot(self, query_BD: Tensor) -> Tensor:
+        return self._products(query_BD) * self.get_buffer("scale_I")
 
     def _products(self, query_BD: Tensor) -> Tensor:
         if not _multiplies_int8(query_BD):

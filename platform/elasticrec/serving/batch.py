@@ -1,9 +1,9 @@
 """Users of a store in, their best items out, many at a time: what batch jobs map over the users.
 
-# B users, T positions, N seen pairs, K places
+# B users, N seen pairs, K places
 """
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,8 @@ import pyarrow as pa
 from elasticrec.artifact.bundle import open_bundle
 from elasticrec.artifact.items import translation
 from elasticrec.columns import ITEM, PAD, USER
-from elasticrec.data.sequences import Int32, Int64, open_store
+from elasticrec.data.sequences import Int64, open_store
+from elasticrec.serving.past import UserEvents, newest_time, right_align
 from elasticrec.serving.scorer import Question, Scorer
 
 BATCH_SCHEMA = pa.schema([(USER, pa.string()), ("rank", pa.int32()), (ITEM, pa.string()), ("score", pa.float32())])
@@ -25,7 +26,9 @@ class BatchRecommender:
         opened, self._store = open_bundle(bundle), open_store(data)
         network = opened.network()
         self._k, self._remove_seen = k, remove_seen
-        self._length = network.config.encoder.max_length
+        self._encoder = network.config.encoder
+        self._encoder.check(self._store)
+        self._now_s = newest_time(self._store.sequences) if self._encoder.inputs.times else 0
         self._scorer = Scorer(network)
         self._item_ids = np.asarray(opened.items().column(ITEM).to_pylist(), dtype=object)
         self._user_ids = self._store.users().column(USER)
@@ -39,7 +42,7 @@ class BatchRecommender:
         user_B = batch["id"].astype(np.int64)
         question = self._question(user_B)
         answer = self._scorer.score(question)
-        shown_BK = np.isfinite(answer.score_BK) & (question.item_BT != PAD).any(axis=1, keepdims=True)
+        shown_BK = np.isfinite(answer.score_BK) & (question.past.item_BT != PAD).any(axis=1, keepdims=True)
         row_S, place_S = np.nonzero(shown_BK)
         columns = [
             self._user_ids.take(pa.array(user_B[row_S])).combine_chunks(),
@@ -51,19 +54,17 @@ class BatchRecommender:
 
     def _question(self, user_B: Int64) -> Question:
         histories = [self._history(user) for user in user_B.tolist()]
-        item_BT: Int32 = np.zeros((len(user_B), self._length), dtype=np.int32)
-        for row, history in enumerate(histories):
-            newest = history[-self._length :]
-            item_BT[row, self._length - len(newest) :] = newest
-        seen = histories if self._remove_seen else [history[:0] for history in histories]
+        newest = [history.pick(slice(-self._encoder.max_length, None)) for history in histories]
+        seen = [history.item_S if self._remove_seen else history.item_S[:0] for history in histories]
         return Question(
-            item_BT=item_BT,
-            blocked_row_N=np.repeat(np.arange(len(seen)), [len(history) for history in seen]),
+            past=right_align(newest, self._encoder.inputs, self._now_s),
+            blocked_row_N=np.repeat(np.arange(len(seen)), [len(items) for items in seen]),
             blocked_item_N=np.concatenate(seen).astype(np.int64),
             k=self._k,
         )
 
-    def _history(self, user: int) -> Int32:
-        """The user's items as the bundle numbers them, oldest first; those it does not know are left out."""
-        items: Int32 = self._index_in_bundle_I[self._store.sequences.items_of(user)]
-        return cast(Int32, items[items != PAD])
+    def _history(self, user: int) -> UserEvents:
+        """The user's events with items as the bundle numbers them; events on items it does not know are left out."""
+        return UserEvents.of_store(self._store.sequences, user, self._encoder.inputs).translated(
+            self._index_in_bundle_I
+        )

@@ -78,6 +78,10 @@ class EventStore(Protocol):
         """The newest `limit` item ids of a user, oldest first: those of the seed, then live ones as they arrived."""
         ...
 
+    def newest(self, user_id: str, limit: int) -> list[StoredEvent]:
+        """The events of `history`, with their times and types."""
+        ...
+
     def seen(self, user_id: str) -> set[str]:
         """All item ids of a user."""
         ...
@@ -126,6 +130,18 @@ class SqliteEventStore:
         with self._read_lock, self._telling():
             rows = self._reader.execute(query, (user_id, limit)).fetchall()
         return [item_id for (item_id,) in reversed(rows)]
+
+    def newest(self, user_id: str, limit: int) -> list[StoredEvent]:
+        query = (
+            "SELECT user_id, item_id, timestamp, event_type FROM events WHERE user_id = ? "
+            "ORDER BY source DESC, event_number DESC LIMIT ?"
+        )
+        with self._read_lock, self._telling():
+            rows = self._reader.execute(query, (user_id, limit)).fetchall()
+        return [
+            StoredEvent(user_id=user, item_id=item, timestamp=timestamp, event_type=event_type)
+            for user, item, timestamp, event_type in reversed(rows)
+        ]
 
     def seen(self, user_id: str) -> set[str]:
         query = "SELECT item_id FROM events WHERE user_id = ?"

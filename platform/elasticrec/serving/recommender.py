@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 
 from elasticrec.artifact.bundle import Bundle
 from elasticrec.config import from_mapping
-from elasticrec.model.network import NetworkConfig
+from elasticrec.model.network import AnyEncoder, NetworkConfig
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.events import EventStore
 from elasticrec.serving.history import Histories, Request
@@ -24,7 +24,7 @@ class Recommender:
         """Raises BundleError when the bundle cannot be read."""
         self.version = version_name(bundle)
         self.catalogue = Catalogue(bundle.items())
-        self._histories = Histories(self.catalogue, events, max_length_of(bundle))
+        self._histories = Histories(self.catalogue, events, encoder_of(bundle))
         self._scorer = Scorer(bundle.network())
 
     def recommend(self, requests: Sequence[Request]) -> list[Recommendation]:
@@ -51,7 +51,7 @@ class SplitRecommender:
         """`executor`: its threads read the event store, so that the event loop stays free."""
         self.version = version_name(bundle)
         self.catalogue = Catalogue(bundle.items())
-        self._histories = Histories(self.catalogue, events, max_length_of(bundle))
+        self._histories = Histories(self.catalogue, events, encoder_of(bundle))
         self._score = score
         self._executor = executor
 
@@ -68,6 +68,6 @@ def version_name(bundle: Bundle) -> str:
     return f"{bundle.name}:{bundle.version}"
 
 
-def max_length_of(bundle: Bundle) -> int:
-    """T: the number of events that the bundle's network takes."""
-    return from_mapping(NetworkConfig, bundle.manifest.config).encoder.max_length
+def encoder_of(bundle: Bundle) -> AnyEncoder:
+    """How many events the bundle's network takes, and what it reads of each."""
+    return from_mapping(NetworkConfig, bundle.manifest.config).encoder

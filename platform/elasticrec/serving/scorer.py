@@ -2,7 +2,7 @@
 
 Arrays only, so that the same question and answer cross from a gateway to a model replica without Python lists.
 
-# B requests, T positions (right-aligned; 0 pads on the left), N blocked pairs of request and item, K candidates
+# B requests, T positions, N blocked pairs of request and item, K candidates
 """
 
 import time
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from elasticrec.data.inputs import Past
 from elasticrec.data.sequences import Float32, Int32, Int64
+from elasticrec.model.history import History
 from elasticrec.model.network import Network
 from elasticrec.serving.retrieval import ExactRetriever
 
@@ -20,7 +22,7 @@ from elasticrec.serving.retrieval import ExactRetriever
 class Question:
     """What the network is asked for a batch."""
 
-    item_BT: Int32
+    past: Past
     blocked_row_N: Int64
     blocked_item_N: Int64
     k: int
@@ -41,13 +43,13 @@ class Scorer:
 
     def __init__(self, network: Network) -> None:
         self._network = network.eval()
-        self._retriever = ExactRetriever(network.encoder.items)
+        self._retriever = ExactRetriever(network.head.product(network.encoder.items))
 
     @torch.inference_mode()
     def score(self, question: Question) -> Candidates:
-        """Candidates for each row of `question.item_BT`."""
+        """Candidates for each row of `question.past`."""
         started_s = time.perf_counter()
-        h_BD = self._network(torch.from_numpy(question.item_BT))[:, -1]
+        h_BD = self._network(History.of(question.past))[:, -1]
         query_BD = self._network.head.query(h_BD)
         encoded_s = time.perf_counter()
         item_BK, score_BK = self._retriever.top(

@@ -11,27 +11,35 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError
+from ray.train import FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchTrainer
 
 from elasticrec.config import from_mapping, to_mapping
+from elasticrec.data.plan import Plan
 from elasticrec.data.sequences import Store, open_store
 from elasticrec.data.split import split
 from elasticrec.errors import ConfigError, TrainingError
-from elasticrec.training import reservation
-from elasticrec.training.checkpoint import Position, read_position
+from elasticrec.training import reservation, spares
+from elasticrec.training.checkpoint import Position, newest_valid, newest_whole, read_position
+from elasticrec.training.host import LocalHost
+from elasticrec.training.loop import digest
 from elasticrec.training.run import RunConfig
+from elasticrec.training.scaling import PromptTrainer
 from elasticrec.training.worker import train_worker
 
 TRAIN_SLOT = "train_slot"  # a node offers as many as workers may train on it (docs/training.md)
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 
-# Ray waits 20 s for a reservation and up to 60 s for a lost node by default.
+# A run that goes on keeps these; "checkpoint" and "elastic" may change.
+KEPT = ("data", "epochs", "network", "loss", "split", "plan", "optimizer", "sync", "evaluation", "validation")
+
+# Ray's own values are 60, 2, 5 and 30 s. The last is spent on workers that hang because another one died.
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
 }
 
 
@@ -52,10 +60,12 @@ def fit(run: RunConfig) -> Trained:
         TrainingError: it started and cannot succeed.
     """
     run = dataclasses.replace(run, data=run.data.resolve(), storage=run.storage.resolve())
-    _check_store(run, open_store(run.data))
+    store = open_store(run.data)
+    _check_store(run, store)
     _check_cluster(run)
     with _alone(run):
         _remember(run)
+        check_checkpoints(run, store)
         reservation.release(run.folder)
         with _environment(TRAIN_ENVIRONMENT):
             return _finished(run, _fit(run))
@@ -90,11 +100,11 @@ def _alone(run: RunConfig) -> Iterator[None]:
         yield
 
 
-def _trainer(run: RunConfig) -> TorchTrainer:
+def _trainer(run: RunConfig) -> PromptTrainer:
     elastic = run.elastic
     resources = {"CPU": 1.0, TRAIN_SLOT: 1.0} | ({"GPU": elastic.gpus_per_worker} if elastic.gpus_per_worker else {})
     workers = (elastic.min_workers, elastic.max_workers)
-    return TorchTrainer(
+    return PromptTrainer(
         train_worker,
         train_loop_config=to_mapping(run),
         scaling_config=ScalingConfig(
@@ -107,7 +117,7 @@ def _trainer(run: RunConfig) -> TorchTrainer:
             name=run.name,
             storage_path=str(run.storage),
             failure_config=FailureConfig(max_failures=elastic.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=run.checkpoint.keep),
+            worker_runtime_env={"env_vars": dict(spares.ENVIRONMENT)},
         ),
     )
 
@@ -115,14 +125,22 @@ def _trainer(run: RunConfig) -> TorchTrainer:
 def _finished(run: RunConfig, result: Result) -> Trained:
     if result.return_value:
         raise TrainingError(f"training '{run.name}' stopped: {result.return_value}")
-    if result.checkpoint is None:
+    folder = newest_whole(LocalHost(run.folder).checkpoints())
+    if folder is None:
         raise TrainingError(f"training '{run.name}' left no checkpoint in '{run.folder}'")
-    folder = Path(result.checkpoint.path)
     return Trained(run=run, checkpoint=folder, position=read_position(folder))
 
 
 def _check_store(run: RunConfig, store: Store) -> None:
     split(run.split, store.sequences)  # raises what a worker would raise, before one is started
+    run.network.encoder.check(store)
+
+
+def check_checkpoints(run: RunConfig, store: Store) -> None:
+    """Raises what a worker would raise: there are checkpoints, and this run cannot go on from any."""
+    encoder = run.network.encoder
+    plan = Plan(run.plan, store.sequences, split(run.split, store.sequences), encoder.max_length, encoder.inputs)
+    newest_valid(LocalHost(run.folder).checkpoints(), digest(plan, store))
 
 
 def _check_cluster(run: RunConfig) -> None:
@@ -140,8 +158,11 @@ def _remember(run: RunConfig) -> None:
     file = run.folder / RUN_FILE
     if file.exists():
         before = from_mapping(RunConfig, json.loads(file.read_text(encoding="utf-8")))
-        for key in ("data", "epochs", "network", "split", "plan", "optimizer", "sync", "evaluation", "validation"):
+        for key in KEPT:
             _check_same(run, key, getattr(before, key), getattr(run, key))
+        if before.elastic.exact or run.elastic.exact:
+            for key in ("exact", "threads_per_worker"):
+                _check_same(run, f"elastic.{key}", getattr(before.elastic, key), getattr(run.elastic, key))
     partial = file.with_name(f".{RUN_FILE}.partial-{os.getpid()}")
     partial.write_text(json.dumps(to_mapping(run), indent=2) + "\n", encoding="utf-8")
     partial.rename(file)

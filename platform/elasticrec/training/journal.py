@@ -5,6 +5,7 @@ before the steps are done again.
 """
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from typing import IO, Any
 
 STEPS = "steps.jsonl"
 EPOCHS = "epochs.jsonl"
+STARTS = "starts.jsonl"
 
 
 class Journal:
@@ -21,6 +23,7 @@ class Journal:
         from tensorboardX import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
+        _note_start(folder, resume_step)
         self._steps = _open_rewound(folder / STEPS, resume_step)
         self._epochs = _open_rewound(folder / EPOCHS, resume_step)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
@@ -53,6 +56,13 @@ class Journal:
         self._steps.close()
         self._epochs.close()
         self._board.close()
+
+
+def _note_start(folder: Path, resume_step: int) -> None:
+    """When and where workers went on, and how many steps they do again that were told of before."""
+    again = sum(line["step"] >= resume_step for line in read(folder / STEPS))
+    with (folder / STARTS).open("a", encoding="utf-8") as starts:
+        starts.write(json.dumps({"step": resume_step, "again": again, "time": time.time()}) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

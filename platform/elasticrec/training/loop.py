@@ -1,85 +1,58 @@
 """The training loop: a run, a store and a host in, checkpoints and a journal out. It knows nothing of Ray.
 
-# B users of this worker, T positions, C validation cases
+# B users of a piece, T positions, C validation cases
 """
 
 import contextlib
+import math
+import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+import uuid
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from elasticrec.data.plan import Plan, Windows
+from elasticrec.data.plan import Plan
 from elasticrec.data.sequences import Int64, Store
 from elasticrec.data.split import SplitData, split
 from elasticrec.errors import ElasticRecError, TrainingError
 from elasticrec.evaluation.ranking import rank, rank_metrics
+from elasticrec.model.loss import SummedLoss
 from elasticrec.model.network import Network
-from elasticrec.training import checkpoint
-from elasticrec.training.elastic import Best, is_checkpoint_due, shards_of
+from elasticrec.training import checkpoint, compute
+from elasticrec.training.elastic import Balance, Best, equal_split, is_checkpoint_due
+from elasticrec.training.feed import Cut, Feed, Piece
+from elasticrec.training.host import Host, Preempted, gather
 from elasticrec.training.journal import Journal
 from elasticrec.training.optimizer import AveragedWeights, learning_rate, make_optimizer
+from elasticrec.training.pieces import Snapshot, is_sharded
 from elasticrec.training.run import RunConfig
-from elasticrec.training.sync.protocol import Link
+from elasticrec.training.saver import Saver
+from elasticrec.training.step_table import step_table
+from elasticrec.training.stopwatch import ForwardStopwatch
+from elasticrec.training.sync.exact import Exact
+from elasticrec.training.sync.protocol import Link, Synchroniser, Tokens
+from elasticrec.training.tally import Share, Tally, meet, sample_key
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
-class Host(Protocol):
-    """Where the loop runs: a bare process, or a worker of Ray Train."""
+@dataclass(slots=True)
+class _Pending:
+    """Steps that workers have taken and not yet told each other of."""
 
-    rank: int
-    world: int
-    device: torch.device
-
-    def checkpoints(self) -> Iterable[Path]:
-        """Folders of committed checkpoints, newest first."""
-        ...
-
-    def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """Publishes metrics and a checkpoint, which `write` fills on the first worker. Called on every worker."""
-        ...
-
-
-class LocalHost:
-    """One process without Ray; checkpoints lie under the run's folder."""
-
-    rank = 0
-    world = 1
-    device = torch.device("cpu")
-
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self._folder = folder / "checkpoints"
-        self._keep = keep
-
-    def checkpoints(self) -> Iterable[Path]:
-        return sorted(self._folder.glob("[0-9]*"), reverse=True)
-
-    def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
-        write(self._folder / f"{metrics['step']:012d}")
-        for old in list(self.checkpoints())[self._keep :]:
-            for file in old.iterdir():
-                file.unlink()
-            old.rmdir()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tally:
-    """What all workers together did in one step. Exact: sums of integers below 2**53, apart from the loss."""
-
-    loss: float  # mean over tokens
-    tokens: int
-    samples: int
-    sample_key: int  # sum of a hash of each user that was trained on: tells a repeated from a skipped sample
-    save: bool
+    losses: list[Tensor] = field(default_factory=list)
+    shares: list[Share] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Loop:
-    """State of one worker. Every worker holds the same state after each step."""
+    """State of one worker. Wherever workers meet and agree, each holds the same."""
 
     def __init__(self, run: RunConfig, store: Store, host: Host) -> None:
         """Starts anew, or where the newest whole checkpoint of the host stands.
@@ -89,16 +62,31 @@ class Loop:
         """
         self.run, self.store, self.host = run, store, host
         self.split: SplitData = split(run.split, store.sequences)
-        self.plan = Plan(run.plan, store.sequences, self.split, run.network.encoder.max_length)
+        encoder = run.network.encoder
+        self.plan = Plan(run.plan, store.sequences, self.split, encoder.max_length, encoder.inputs)
         torch.manual_seed(run.plan.seed)
         self.network = Network(run.network, store.n_items).to(host.device)
-        self.optimizer = make_optimizer(run.optimizer, self.network)
+        self.sync: Synchroniser = run.sync
+        if run.elastic.exact:
+            self.sync = Exact(shards=run.plan.shards, meet_every=run.sync.meet_every)
+        self.sync.prepare(self.network)
+        self.loss = SummedLoss(self.network, run.loss)
+        compute.apply(run.compute, self.loss, host.device)
+        self.feed = Feed(self.plan, compute.shapes(run.compute, host.device), self.total_steps)
+        self._forward = ForwardStopwatch(self.loss)
         self.averaged = AveragedWeights(self.network, run.optimizer.ema_decay)
-        self.best_weights = _copy(self.averaged.network)
+        self.table = step_table(run, store, self.plan, self.network, self.averaged, self._rate)
+        self.optimizer = make_optimizer(run.optimizer, self.network)
+        self.best_weights = _copy(self.averaged.state())
         self.best = Best()
         self.step = 0
         self.running = (0.0, 0.0)
         self.history: list[dict[str, float]] = []
+        self._averaged_at = 0  # step at which all workers had the same averaged weights
+        self._link_state: dict[str, Tensor] = {}
+        self._sent_bytes = 0  # before this worker started
+        self._balance = Balance(equal_split(host.world, run.plan.shards))
+        self._snapshot, self._saver = Snapshot(), Saver(run.checkpoint.background)
         self._resume()
 
     @property
@@ -109,117 +97,186 @@ class Loop:
         """Runs to the last epoch or until validation stops improving.
 
         Raises:
-            TrainingError: the loss is no longer finite.
+            TrainingError: the loss is no longer finite, or a checkpoint cannot be written.
+            Preempted: a worker's node is about to leave; the last step is in a checkpoint.
         """
         last_save_s = time.monotonic()
-        with self._journal() as journal, self.run.sync.attach(self.network, self.optimizer) as link:
+        with self._journal() as journal, self.feed, self.sync.attach(self.loss, self.optimizer) as link:
+            link.load_state(self._link_state)
+            pending = _Pending()
             while self.step < self.total_steps and self.best.stale < self.run.validation.patience:
-                due = is_checkpoint_due(time.monotonic(), last_save_s, self.run.checkpoint.interval_s)
-                tally = self._train_step(link, journal, save=due and self.host.rank == 0)
+                self._train_step(link, pending)
+                if not self._is_meeting():
+                    continue
+                save, leave = self._meet(pending, journal, self._is_save_due(last_save_s))
+                pending = _Pending()
                 if self.step % self.plan.steps_per_epoch == 0:
-                    self._end_epoch(journal)
-                if tally.save:
-                    self._save(journal)
+                    self._end_epoch(link, journal)
+                if save or leave:
+                    self._save(link, journal)
                     last_save_s = time.monotonic()
-            self._save(journal, finished=True)
+                if leave:
+                    self._flush()
+                    raise Preempted(f"a node is about to leave; step {self.step} is in a checkpoint")
+            self._save(link, journal, finished=True)
+            self._flush()
 
-    def _train_step(self, link: Link, journal: "Journal | _NoJournal", save: bool) -> Tally:
+    def _is_save_due(self, last_save_s: float) -> bool:
+        """The first worker's clock decides; a save that is still being written is waited for by nobody."""
+        due = is_checkpoint_due(time.monotonic(), last_save_s, self.run.checkpoint.interval_s)
+        return due and self.host.rank == 0 and self._saver.idle
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.run.optimizer, step, self.total_steps)
+
+    def _is_meeting(self) -> bool:
+        return self.step % self.sync.meet_every == 0 or self._is_validation()
+
+    def _is_validation(self) -> bool:
+        epoch, within = divmod(self.step, self.plan.steps_per_epoch)
+        return within == 0 and (epoch % self.run.validation.every_epochs == 0 or epoch == self.run.epochs)
+
+    def _train_step(self, link: Link, pending: _Pending) -> None:
         start_s = time.monotonic()
-        users_B = self._users()
-        windows = self.plan.windows(self.step, users_B)
-        rate = learning_rate(self.run.optimizer, self.step, self.total_steps)
+        rate = self._rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(_step_seed(self.run.plan.seed, self.step, self.host.rank))
-        loss = link.loss(*self._tensors(windows))
-        tally = self._agree(float(loss.detach()) / self.host.world, windows, users_B, save)
-        (loss / tally.tokens).backward()
-        link.step()
+        with self.table.step(self.step):
+            loss, share = self._accumulate(link)
+            link.step()
         self.averaged.update(self.network, self.step)
-        journal.step(
-            asdict(tally)
-            | {
+        pending.losses.append(loss)
+        pending.shares.append(share)
+        pending.lines.append(
+            {
                 "step": self.step,
                 "epoch": self.step // self.plan.steps_per_epoch,
                 "learning_rate": rate,
                 "workers": self.host.world,
-                "sent_bytes": link.sent_bytes,
+                "sent_bytes": self._sent_bytes + link.sent_bytes,
                 "seconds": time.monotonic() - start_s,
+                "time": time.time(),
             }
         )
-        self.running = (self.running[0] + tally.loss * tally.tokens, self.running[1] + tally.tokens)
         self.step += 1
-        return tally
 
-    def _users(self) -> Int64:
-        mine = shards_of(self.host.rank, self.host.world, self.run.plan.shards)
-        return np.concatenate([self.plan.shard(self.step, shard) for shard in mine])
+    def _accumulate(self, link: Link) -> tuple[Tensor, Share]:
+        pieces = self._pieces()
+        users = np.concatenate([piece.users_B for piece in pieces] or [np.empty(0, dtype=np.int64)])
+        mine = sum(piece.tokens for piece in pieces)
+        tokens = Tokens(step=self.plan.tokens(self.step), worker=max(1, mine))
+        # Float64 holds a sum of a step's losses exactly, or nearly so, in whatever order they come.
+        loss = torch.zeros((), dtype=torch.float64, device=self.host.device)
+        for place, piece in enumerate(pieces):
+            torch.manual_seed(_piece_seed(self.run.plan.seed, self.step, piece.key))
+            loss += link.accumulate(self.table.placed(piece.batch), tokens, last=place == len(pieces) - 1)
+        share = Share(tokens=mine, samples=len(users), sample_key=sample_key(users), forward_s=self._forward.take_s())
+        return loss, share
 
-    def _tensors(self, windows: Windows) -> tuple[Tensor, Tensor]:
-        input_BT, target_BT = windows.input_BT, windows.target_BT
-        if len(input_BT) == 0:  # a short last step can leave a worker without users; it still takes part
-            input_BT = target_BT = np.zeros((1, self.plan.max_length), dtype=np.int32)
-        device = self.host.device
-        return torch.from_numpy(input_BT).to(device), torch.from_numpy(target_BT).to(device)
+    def _pieces(self) -> list[Piece]:
+        """What this worker runs forward, one after the other.
 
-    def _agree(self, loss: float, windows: Windows, users_B: Int64, save: bool) -> Tally:
-        """Sums what every worker really did, and checks it against the plan."""
-        key = int(((users_B.astype(np.uint64) + np.uint64(1)) * np.uint64(2654435761) % np.uint64(2**32)).sum())
-        sums = torch.tensor(
-            [loss, windows.tokens, len(users_B), key, save], dtype=torch.float64, device=self.host.device
-        )
-        if self.host.world > 1:
-            dist.all_reduce(sums)
-        loss_sum, tokens, samples, sample_key, wants_save = sums.tolist()
-        if not np.isfinite(loss_sum):
-            raise TrainingError(self._divergence())
-        assert int(tokens) == self.plan.tokens(self.step), "workers did not cover the step's tokens exactly once"
-        return Tally(
-            loss=loss_sum / tokens,
-            tokens=int(tokens),
-            samples=int(samples),
-            sample_key=int(sample_key),
-            save=wants_save > 0,
-        )
+        Exact mode runs each shard that has users by itself, so that neither the random numbers nor the rounding of a
+        forward pass depend on who runs it. Otherwise all shards of a worker are one piece.
+        """
+        mine = tuple(self._balance.shards(self.host.rank))
+        if self.run.elastic.exact:
+            pieces = self.feed.take(self.step, [Cut(shard, (shard,)) for shard in mine])
+            return [piece for piece in pieces if len(piece.users_B)]
+        return self.feed.take(self.step, [Cut(self.host.rank, mine)])
 
-    def _divergence(self) -> str:
-        users = self.plan.users(self.step)[:10].tolist()
+    def _meet(self, pending: _Pending, journal: "Journal | _NoJournal", due: bool) -> tuple[bool, bool]:
+        """All workers tell what they did, which is checked against the plan and written down.
+
+        Returns whether to save, and whether to leave. Whatever one worker wishes, all of them do.
+        """
+        wishes = [due, self.host.leaving(), self._saver.failure is not None]
+        tallies, (save, leave, failed) = meet(pending.losses, pending.shares, wishes, self.host.device)
+        for tally, line in zip(tallies, pending.lines, strict=True):
+            if not math.isfinite(tally.loss):
+                raise TrainingError(self._divergence(line["step"]))
+            assert tally.tokens == self.plan.tokens(line["step"]), "workers did not cover a step's tokens exactly once"
+            journal.step(_told(tally) | line)
+            self.running = (self.running[0] + tally.loss * tally.tokens, self.running[1] + tally.tokens)
+            if (line["step"] + 1) % self.plan.steps_per_epoch == 0 and line["step"] + 1 < self.step:
+                self._tell(self._epoch_line(line["step"]), journal)
+        journal.flush()
+        if failed:
+            self._flush()
+        self._rebalance(tallies)
+        return save, leave
+
+    def _rebalance(self, tallies: list[Tally]) -> None:
+        """Every worker comes to the same split, since each knows the times of all."""
+        if self.run.elastic.balance and self.host.world > 1:
+            by_worker = zip(*(tally.forward_s for tally in tallies), strict=True)
+            self._balance = self._balance.after([statistics.median(times) for times in by_worker])
+
+    def _divergence(self, step: int) -> str:
+        users = self.plan.users(step)[:10].tolist()
+        last = checkpoint.newest_whole(self.host.checkpoints())
+        kept = f"the last good checkpoint is '{last}'" if last else "there is no checkpoint yet"
         return (
-            f"the loss is not finite at step {self.step} (first users of the batch: {users}); the last checkpoint "
-            f"lies in '{self.run.folder}'; lower optimizer.learning_rate or raise warmup_steps under another name"
+            f"the loss is not finite at step {step} (first users of the batch: {users}); {kept}; lower "
+            "optimizer.learning_rate or raise warmup_steps under another name"
         )
 
-    def _end_epoch(self, journal: "Journal | _NoJournal") -> None:
-        epoch = self.step // self.plan.steps_per_epoch
-        # The line carries the epoch's last step, so that a resume from its end keeps it.
-        line = {"epoch": epoch, "step": self.step - 1, "loss": self.running[0] / self.running[1]}
-        self.running = (0.0, 0.0)
-        if epoch % self.run.validation.every_epochs == 0 or epoch == self.run.epochs:
+    def _end_epoch(self, link: Link, journal: "Journal | _NoJournal") -> None:
+        line = self._epoch_line(self.step - 1)
+        if self._is_validation():
+            self._average_weights(link)
+            self.table.flush(self.step)
             line |= self.validate()
-            self.best = self.best.after(line[self.run.validation.metric], epoch)
+            self.best = self.best.after(line[self.run.validation.metric], int(line["epoch"]))
             if self.best.stale == 0:
-                self.best_weights = _copy(self.averaged.network)
+                _copy_into(self.best_weights, self.averaged.state())
+        self._tell(line, journal)
+
+    def _epoch_line(self, step: int) -> dict[str, float]:
+        # The line carries the epoch's last step, so that a resume from its end keeps it.
+        line = {"epoch": step // self.plan.steps_per_epoch + 1, "step": step, "loss": self.running[0] / self.running[1]}
+        self.running = (0.0, 0.0)
+        return line
+
+    def _tell(self, line: dict[str, float], journal: "Journal | _NoJournal") -> None:
         self.history.append(line)
         journal.epoch(line)
 
+    def _average_weights(self, link: Link) -> None:
+        if self._averaged_at != self.step:
+            link.average(list(self.averaged.state().values()))
+            self._averaged_at = self.step
+
     def validate(self) -> dict[str, float]:
         """Metrics of the averaged weights on all validation cases, each worker ranking its part."""
-        cases = self.split.validation.part(self.host.rank, self.host.world)
-        length = self.plan.max_length
         part: Int64 | ElasticRecError
-        try:
-            part = rank(
-                self.averaged.network, self.store.sequences, cases, self.run.evaluation, max_length=length
-            ).rank_C
-        except ElasticRecError as error:  # told by all workers together: one that left alone would hang the others
-            part = error
+        with self.averaged.worn_by(self.network) as network:
+            try:
+                part = self._ranks(network)
+            except ElasticRecError as error:  # told by all workers together: one that left alone would hang the others
+                part = error
         parts: list[Any] = gather(part)
         for part in parts:
             if isinstance(part, ElasticRecError):
                 raise part
-        return rank_metrics(np.concatenate(parts), self.run.evaluation)[0]
+        rank_C = np.empty(len(self.split.validation), dtype=np.int64)
+        for worker, ranks in enumerate(parts):
+            rank_C[self._cases_of(worker)] = ranks
+        return rank_metrics(rank_C, self.run.evaluation)[0]
 
-    def _save(self, journal: "Journal | _NoJournal", finished: bool = False) -> None:
+    def _cases_of(self, worker: int) -> Int64:
+        """The validation cases of a worker: every W-th batch. A batch is the same whatever the number of workers."""
+        case_C = np.arange(len(self.split.validation))
+        return np.asarray(case_C[case_C // self.run.evaluation.batch_cases % self.host.world == worker])
+
+    def _ranks(self, network: Network) -> Int64:
+        cases = self.split.validation.take(self._cases_of(self.host.rank))
+        length = self.plan.max_length
+        return rank(network, self.store.sequences, cases, self.run.evaluation, max_length=length, tops=False).rank_C
+
+    def _save(self, link: Link, journal: "Journal | _NoJournal", finished: bool = False) -> None:
+        link.agree()
+        self._average_weights(link)
         journal.flush()
         position = checkpoint.Position(
             step=self.step,
@@ -227,39 +284,80 @@ class Loop:
             best=asdict(self.best),
             running=self.running,
             history=tuple(self.history),
+            sent_bytes=self._sent_bytes + link.sent_bytes,
         )
         # Ray takes one report a second and blocks workers meanwhile, so epochs are told along with checkpoints.
         metrics = {**(self.history[-1] if self.history else {}), "step": self.step, "finished": finished}
         best = {} if not self.best.epoch else {f"best_{self.run.validation.metric}": self.best.value}
-        self.host.report(metrics | best, lambda folder: checkpoint.save(folder, self._state(), position))
+        self._saver.flush()
+        self._snapshot.take(self.state(link), self.host.rank)
+        part = self._part()
+        pieces = self._snapshot.pieces
 
-    def _state(self) -> dict[str, Tensor]:
+        def write(folder: Path) -> None:
+            if pieces or part.parts > 1:  # a replica has nothing to write, and says so
+                checkpoint.save_part(folder, pieces, position, part)
+
+        self._saver.submit(lambda: self.host.report(metrics | best, write))
+
+    def _part(self) -> checkpoint.Part:
+        if not self._snapshot.is_sharded:
+            return checkpoint.Part()
+        mark = gather(uuid.uuid4().hex)[0]
+        return checkpoint.Part(rank=self.host.rank, parts=self.host.world, mark=mark)
+
+    def _flush(self) -> None:
+        """Waits for the last checkpoint; what went wrong on one worker is told by all."""
+        try:
+            self._saver.flush()
+            problem = None
+        except ElasticRecError as error:
+            problem = str(error)
+        problems = [told for told in gather(problem) if told]
+        if problems:
+            raise TrainingError(problems[0])
+
+    def state(self, link: Link | None = None) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds."""
         return (
             checkpoint.flatten("network", self.network.state_dict())
-            | checkpoint.flatten("averaged", self.averaged.network.state_dict())
+            | checkpoint.flatten("averaged", self.averaged.state())
             | checkpoint.flatten("best", self.best_weights)
             | checkpoint.flatten("optimizer", checkpoint.optimizer_tensors(self.optimizer, self.network))
+            | checkpoint.flatten("rows", self.table.state())
+            | checkpoint.flatten("link", link.state() if link else {})
         )
 
     def _digest(self) -> str:
-        return f"{self.plan.digest()}-{self.store.fingerprint}"
+        return digest(self.plan, self.store)
 
     def _resume(self) -> None:
         folder = checkpoint.newest_valid(self.host.checkpoints(), self._digest())
         if folder is None:
             return
-        position, tensors = checkpoint.read_position(folder), checkpoint.read_tensors(folder)
+        position, tensors = checkpoint.read_position(folder), checkpoint.read_tensors(folder, self._sharded())
         self.network.load_state_dict(checkpoint.section(tensors, "network"))
-        self.averaged.network.load_state_dict(checkpoint.section(tensors, "averaged"))
+        self.averaged.load_state(checkpoint.section(tensors, "averaged"))
         self.best_weights = checkpoint.section(tensors, "best")
         checkpoint.load_optimizer(self.optimizer, self.network, checkpoint.section(tensors, "optimizer"))
+        self.table.load_state(checkpoint.section(tensors, "rows"))
+        self._link_state = checkpoint.section(tensors, "link")
         self.step, self.running, self.history = position.step, position.running, list(position.history)
         self.best = Best(position.best["value"], int(position.best["epoch"]), int(position.best["stale"]))
+        self._sent_bytes = position.sent_bytes
+
+    def _sharded(self) -> "dict[str, DTensor]":
+        return {name: parameter for name, parameter in self.network.named_parameters() if is_sharded(parameter)}
 
     def _journal(self) -> contextlib.AbstractContextManager["Journal | _NoJournal"]:
         if self.host.rank == 0:
             return Journal(self.run.folder, self.step)
         return contextlib.nullcontext(_NoJournal())
+
+
+def digest(plan: Plan, store: Store) -> str:
+    """What a checkpoint must carry for a run to go on from it."""
+    return f"{plan.digest()}-{store.fingerprint}"
 
 
 class _NoJournal:
@@ -272,18 +370,19 @@ class _NoJournal:
     def flush(self) -> None: ...
 
 
-def gather(value: Any) -> list[Any]:
-    """The values of all workers, by rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def _told(tally: Tally) -> dict[str, Any]:
+    return {key: value for key, value in asdict(tally).items() if key != "forward_s"}
 
 
-def _copy(network: Network) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def _copy_into(held: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """In place: a large table is not held once more in the meantime."""
+    for name, tensor in tensors.items():
+        held[name].copy_(tensor)
+
+
+def _piece_seed(seed: int, step: int, key: int) -> int:
+    return int(np.random.SeedSequence([seed, step, key]).generate_state(1, np.uint64)[0] >> np.uint64(1))

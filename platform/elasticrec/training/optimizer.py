@@ -1,7 +1,8 @@
 """Config and network in, optimizer, learning rate of a step and averaged weights out."""
 
-import copy
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from elasticrec.errors import ConfigError
 from elasticrec.model.network import Network
+from elasticrec.training.pieces import is_sharded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +37,7 @@ class OptimizerConfig:
 
 def make_optimizer(config: OptimizerConfig, network: Network) -> torch.optim.AdamW:
     """AdamW; only matrices decay, not biases, norms, positions or the temperature."""
-    named = list(network.named_parameters())
+    named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     decays = [parameter for name, parameter in named if parameter.dim() > 1 and "position" not in name]
     others = [parameter for name, parameter in named if not (parameter.dim() > 1 and "position" not in name)]
     groups = [
@@ -54,17 +56,62 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     return config.learning_rate * share
 
 
+def average_decay(decay: float, step: int) -> float:
+    """The share of the average that stays; early steps weigh more, so that the start does not linger."""
+    return min(decay, (1 + step) / (10 + step))
+
+
 class AveragedWeights:
-    """An exponential moving average of a network's weights, kept as a network of its own in evaluation mode."""
+    """An exponential moving average of a network's parameters, by name."""
 
     def __init__(self, network: Network, decay: float) -> None:
         self.decay = decay
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self._average: list[Tensor] = list(self.network.parameters())
+        self._average = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
 
     @torch.no_grad()
     def update(self, network: Network, step: int) -> None:
-        """Moves towards `network`; early steps weigh more, so that the start does not linger."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        current: list[Tensor] = list(network.parameters())
-        torch._foreach_lerp_(self._average, current, 1 - decay)
+        """Moves towards `network`; the average of a parameter that is not trained is left to whoever changes it."""
+        trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+        average: list[Tensor] = [self._average[name] for name, _ in trained]
+        current: list[Tensor] = [parameter.detach() for _, parameter in trained]
+        torch._foreach_lerp_(average, current, 1 - average_decay(self.decay, step))
+
+    @contextlib.contextmanager
+    def worn_by(self, network: Network) -> Iterator[Network]:
+        """A network with the averaged weights, in evaluation mode, within the block.
+
+        It is `network` itself, or where a worker holds only a part of it a whole copy: a collective then.
+        """
+        if any(is_sharded(average) for average in self._average.values()):
+            yield self._gathered(network)
+            return
+        own = {name: parameter.data for name, parameter in network.named_parameters()}
+        _wear(network, self._average)
+        network.eval()
+        try:
+            yield network
+        finally:
+            _wear(network, own)
+            network.train()
+
+    def _gathered(self, network: Network) -> Network:
+        average = {
+            name: average.full_tensor() if is_sharded(average) else average for name, average in self._average.items()
+        }
+        copy = Network(network.config, network.n_items).to(next(iter(average.values())).device)
+        copy.load_state_dict(average, strict=False)  # what is no parameter is the same in every network of a config
+        return copy.eval()
+
+    def state(self) -> dict[str, Tensor]:
+        """The average itself, not a copy."""
+        return self._average
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Goes on from `state`."""
+        for name, average in self._average.items():
+            average.copy_(tensors[name])
+
+
+def _wear(network: Network, weights: dict[str, Tensor]) -> None:
+    for name, parameter in network.named_parameters():
+        parameter.data = weights[name]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from elasticrec.artifact.bundle import Bundle, open_bundle, write_bundle
 from elasticrec.artifact.manifest import MANIFEST
+from elasticrec.config import to_mapping
 from elasticrec.data.sequences import open_store
 from elasticrec.evaluation.quality import measure
 from elasticrec.model.network import Network
@@ -40,5 +41,6 @@ def write_outcome(trained: Trained, command: str, advance: Callable[[int], None]
             "epoch": int(trained.position.best["epoch"]),
             "steps": trained.position.step,
             "seed": run.plan.seed,
+            "split": to_mapping(run.split),
         },
     )

@@ -7,9 +7,18 @@ from elasticrec.data.plan import PlanConfig
 from elasticrec.data.split import LeaveOneOut, Split
 from elasticrec.errors import ConfigError
 from elasticrec.evaluation.ranking import EvaluationConfig
+from elasticrec.model.loss import FullSoftmax
 from elasticrec.model.network import NetworkConfig
+from elasticrec.model.sampled import AnyLoss, SampledSoftmax
+from elasticrec.training.compute import ComputeConfig, check_compute
 from elasticrec.training.optimizer import OptimizerConfig
 from elasticrec.training.sync.all_reduce import AllReduce
+from elasticrec.training.sync.async_average import AsyncAverage
+from elasticrec.training.sync.gossip import Gossip
+from elasticrec.training.sync.local_sgd import LocalSGD
+from elasticrec.training.sync.sharded import Sharded
+
+AnySync = AllReduce | Sharded | LocalSGD | Gossip | AsyncAverage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +31,8 @@ class ElasticConfig:
     gpus_per_worker: float = 0.0
     max_failures: int = 10
     resize_check_s: float = 30.0
+    exact: bool = False  # the same bits whatever the workers; one forward pass a shard
+    balance: bool = True  # faster workers take more shards
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_workers <= self.max_workers:
@@ -38,6 +49,7 @@ class CheckpointConfig:
 
     interval_s: float = 20.0
     keep: int = 2
+    background: bool = True  # training goes on while a checkpoint is written
 
     def __post_init__(self) -> None:
         if self.interval_s < 0 or self.keep < 2:
@@ -66,16 +78,19 @@ class RunConfig:
     storage: Path = Path("runs")
     epochs: int = 100
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    loss: AnyLoss = field(default_factory=FullSoftmax)
     split: Split = field(default_factory=LeaveOneOut)
     plan: PlanConfig = field(default_factory=PlanConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    sync: AllReduce = field(default_factory=AllReduce)
+    sync: AnySync = field(default_factory=AllReduce)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
+        check_compute(self.compute, self.network)
         if self.name in ("", ".", "..") or "/" in self.name:
             raise ConfigError(f"run name {self.name!r} must be a single folder name")
         if self.epochs < 1:
@@ -85,6 +100,18 @@ class RunConfig:
                 f"{self.plan.shards} shards cannot feed {self.elastic.max_workers} workers; "
                 "raise plan.shards or lower elastic.max_workers"
             )
+        if isinstance(self.loss, SampledSoftmax) and not isinstance(self.sync, AllReduce):
+            raise ConfigError(
+                f"loss '{self.loss.kind}' trains only the rows that a step touches, which sync '{self.sync.kind}' "
+                "cannot agree on; use sync.kind all_reduce, or loss.kind full_softmax"
+            )
+        if self.elastic.exact and (not isinstance(self.sync, AllReduce) or self.sync.hook is not None):
+            raise ConfigError(
+                "elastic.exact adds up gradients in its own way, and this sync in another; "
+                "use sync.kind all_reduce without a hook, or leave elastic.exact out"
+            )
+        if isinstance(self.sync, Sharded):
+            self.sync.check_workers(self.elastic.max_workers)
         if self.network.table != "float32":
             raise ConfigError(f"table '{self.network.table}' cannot be trained; train float32 and compress afterwards")
         known = {f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in self.evaluation.ks}

@@ -1,47 +1,41 @@
 """One Ray Train worker: the run as a mapping in, the training loop attached to Ray out."""
 
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.execution.context import get_train_context
 
 from elasticrec.config import from_mapping
 from elasticrec.data.sequences import open_store
 from elasticrec.errors import ElasticRecError
-from elasticrec.training.loop import Loop, gather
+from elasticrec.training import notice
+from elasticrec.training.host import LocalHost, Preempted, gather
+from elasticrec.training.loop import Loop
 from elasticrec.training.run import RunConfig
 
 
-class RayHost:
-    """Where a worker runs: its rank, its device, and Ray's checkpoints."""
+class RayHost(LocalHost):
+    """Where a worker runs: its rank, its device, and the run's folder, which all nodes share."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: RunConfig) -> None:
         context = ray.train.get_context()
-        self.rank: int = context.get_world_rank()
-        self.world: int = context.get_world_size()
-        self.device: torch.device = ray.train.torch.get_device()
-
-    def checkpoints(self) -> Iterable[Path]:
-        """Committed checkpoints, newest first; the older ones are there in case the newest is damaged."""
-        newest = ray.train.get_checkpoint()
-        if newest is None:
-            return []
-        reported = [entry.checkpoint for entry in ray.train.get_all_reported_checkpoints()]
-        paths = dict.fromkeys([newest.path, *(checkpoint.path for checkpoint in reversed(reported))])
-        return [Path(path) for path in paths]
+        rank, world = context.get_world_rank(), context.get_world_size()
+        device = str(ray.train.torch.get_device())
+        super().__init__(run.folder, run.checkpoint.keep, device, rank=rank, world=world)
 
     def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """A barrier over all workers; the first one brings the checkpoint."""
-        if self.rank != 0:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder))
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        """Ray is told the numbers alone; it would copy a checkpoint once more, and stop the workers meanwhile."""
+        super().report(metrics, write)
+        ray.train.report(metrics)
+
+    def leaving(self) -> bool:
+        """What Ray told this worker. `ray.train.get_preemption_info` adds a barrier; our meeting is one already."""
+        return notice.is_given() or get_train_context().preemption_context.preemption_info is not None
 
 
 def train_worker(config: dict[str, Any]) -> str | None:
@@ -60,11 +54,16 @@ def train_worker(config: dict[str, Any]) -> str | None:
         loop.train()
     except ElasticRecError as error:
         return str(error)
+    except Preempted as reason:
+        if notice.is_given():
+            notice.wait_for_the_end()
+        # As Ray tells of a worker that left with its node, which is no failure of the run.
+        raise RayActorError(error_msg=str(reason), preempted=True) from reason
     return None
 
 
 def _build(run: RunConfig) -> Loop | ElasticRecError:
     try:
-        return Loop(run, open_store(run.data), RayHost())
+        return Loop(run, open_store(run.data), RayHost(run))
     except ElasticRecError as error:
         return error

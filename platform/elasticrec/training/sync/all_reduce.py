@@ -1,10 +1,10 @@
 """Gradients of all workers are summed in every step: data-parallel training over a ring all-reduce.
 
-# B users, T positions, W workers
+# W workers
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,8 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from elasticrec.model.loss import full_softmax
+from elasticrec.errors import ConfigError
+from elasticrec.model.loss import Batch, SummedLoss
 from elasticrec.model.network import Network
+from elasticrec.training.sync.hooks import AnyHook, Hook, Plain, attach_hook
+from elasticrec.training.sync.protocol import Tokens
+from elasticrec.training.sync.transport import ring_bytes, world_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,12 +27,24 @@ class AllReduce:
 
     kind: ClassVar[str] = "all_reduce"
     bucket_megabytes: int = 25
+    hook: AnyHook | None = None  # how gradients travel; none: as they are
+    meet_every: int = 8
+
+    def __post_init__(self) -> None:
+        if self.bucket_megabytes < 1 or self.meet_every < 1:
+            raise ConfigError(
+                f"sync.bucket_megabytes {self.bucket_megabytes} and sync.meet_every {self.meet_every} must be >= 1"
+            )
+
+    def prepare(self, network: Network) -> None:
+        """Every worker holds the whole network."""
 
     @contextlib.contextmanager
-    def attach(self, network: Network, optimizer: torch.optim.Optimizer) -> Iterator["AllReduceLink"]:
+    def attach(self, loss: SummedLoss, optimizer: torch.optim.Optimizer) -> Iterator["AllReduceLink"]:
         """A single worker trains without the wrapper."""
-        module: nn.Module = _Loss(network)
-        world = dist.get_world_size() if dist.is_initialized() else 1
+        module: nn.Module = loss
+        hook: Hook = Plain(loss, 1)
+        world = world_size()
         if world > 1:
             module = DistributedDataParallel(
                 module,
@@ -36,36 +52,59 @@ class AllReduce:
                 gradient_as_bucket_view=True,
                 forward_sync_buffers=False,  # masks and distances: constants that every worker has
             )
-        yield AllReduceLink(module, optimizer, world)
+            hook = attach_hook(self.hook, module, world)
+        yield AllReduceLink(loss, module, optimizer, hook)
 
 
 class AllReduceLink:
     """The attached form."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, world: int) -> None:
+    def __init__(self, loss: SummedLoss, module: nn.Module, optimizer: torch.optim.Optimizer, hook: Hook) -> None:
+        """`module` is the loss, or its wrapper."""
+        self._loss = loss
         self._module = module
         self._optimizer = optimizer
-        self._world = world
-        self._gradient_bytes = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+        self._world = world_size()
+        self._hook = hook
         self.sent_bytes = 0
 
-    def loss(self, input_BT: Tensor, target_BT: Tensor) -> Tensor:
-        # The wrapper averages over workers; the sum over all of them is what the step asks for.
-        return self._module(input_BT, target_BT) * self._world  # type: ignore[no-any-return]
+    def accumulate(self, batch: Batch, tokens: Tokens, *, last: bool) -> Tensor:
+        with self._quiet(last):
+            loss: Tensor = self._module(batch)
+            # The wrapper averages over workers; the sum over all of them is what the step asks for.
+            (loss * (self._world / tokens.step)).backward()
+        return loss.detach()
+
+    def _quiet(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        if last or not isinstance(self._module, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self._module.no_sync()
 
     def step(self) -> None:
+        self._sum_rows()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        # A ring sends 2 (W - 1) / W of the buffer (Patarasuk and Yuan, 2009).
-        self.sent_bytes += 2 * (self._world - 1) * self._gradient_bytes // self._world
+        self.sent_bytes += self._hook.step()
 
+    def _sum_rows(self) -> None:
+        """The gradient of the rows in focus, which are no parameter that the wrapper knows of."""
+        rows_UD = self._loss.step_rows()
+        if rows_UD is None or self._world == 1:
+            return
+        gradient_UD = torch.zeros_like(rows_UD) if rows_UD.grad is None else rows_UD.grad
+        rows_UD.grad = gradient_UD.div_(self._world)
+        dist.all_reduce(rows_UD.grad)
+        self.sent_bytes += ring_bytes(gradient_UD.nbytes, self._world)
 
-class _Loss(nn.Module):
-    """Network and loss as one module, so that a wrapper sees a single forward."""
+    def agree(self) -> None:
+        """Workers differ at most in what a hook remembers."""
+        self.sent_bytes += self._hook.agree()
 
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Parameters never differ."""
 
-    def forward(self, input_BT: Tensor, target_BT: Tensor) -> Tensor:
-        return full_softmax(self.network, self.network(input_BT), target_BT)
+    def state(self) -> dict[str, Tensor]:
+        return self._hook.state()
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self._hook.load_state(tensors)

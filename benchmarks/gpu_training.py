@@ -1,0 +1,277 @@
+"""Training steps on a GPU, one way of computing them after the other: tokens/s, ms, share of the peak, memory.
+
+The network of the design: width 256, 4 blocks, 200 positions, 128 users a step, over synthetic histories of 27,000
+items whose lengths are spread as in a public set of 20 million film ratings. `--check` instead compares loss curves:
+those of the device with the one of the CPU in float32. Without a GPU all runs on the CPU; `--quick` makes it tiny.
+"""
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from benchmarks.result import Check, publish
+from elasticrec.columns import ITEM, ITEM_INDEX, USER, USER_INDEX
+from elasticrec.data.plan import PlanConfig
+from elasticrec.data.sequences import Sequences, Store, write_store
+from elasticrec.model.block import BlockConfig
+from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.loss import FullSoftmax
+from elasticrec.model.network import NetworkConfig
+from elasticrec.training.compute import ComputeConfig
+from elasticrec.training.host import LocalHost
+from elasticrec.training.journal import STEPS, read
+from elasticrec.training.loop import Loop
+from elasticrec.training.optimizer import OptimizerConfig
+from elasticrec.training.run import CheckpointConfig, RunConfig, ValidationConfig
+from elasticrec.training.sync.all_reduce import AllReduce
+
+MEET_EVERY = 8  # steps between two moments at which the host waits for the device
+WARM_UP = 2 * MEET_EVERY  # steps, in which compilers work
+NEVER = 1_000_000
+CURVE_STEPS = 50
+DEVIATION = 0.02  # of the loss, relative
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """Of the network and of its data."""
+
+    width: int
+    blocks: int
+    heads: int
+    max_length: int
+    batch_users: int
+    n_items: int
+    steps: int
+    peak_n: int  # rows of the matrices whose product gives the peak
+
+
+FULL = Size(width=256, blocks=4, heads=8, max_length=200, batch_users=128, n_items=27_000, steps=64, peak_n=8192)
+TINY = Size(width=32, blocks=1, heads=2, max_length=16, batch_users=16, n_items=300, steps=40, peak_n=256)
+SMALL = Size(width=64, blocks=2, heads=2, max_length=50, batch_users=64, n_items=2_000, steps=CURVE_STEPS, peak_n=1024)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Way:
+    """One way to compute a step."""
+
+    name: str
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    packed: bool = True
+    fused: bool = False
+    flex: bool = False
+    gpu_only: bool = False
+
+
+def bfloat16(**options: Any) -> ComputeConfig:
+    return ComputeConfig(precision="bfloat16", **options)
+
+
+WAYS = [
+    Way(name="float32, packed"),
+    Way(name="bfloat16, packed", compute=bfloat16()),
+    Way(name="bfloat16, packed, fused loss", compute=bfloat16(), fused=True),
+    Way(name="bfloat16, packed, fused loss, flex", compute=bfloat16(), fused=True, flex=True, gpu_only=True),
+    Way(name="bfloat16, padded, fused loss", compute=bfloat16(), packed=False, fused=True),
+    Way(name="float32, compiled, fused loss", compute=ComputeConfig(compile=True), packed=False, fused=True),
+    Way(name="bfloat16, compiled, fused loss", compute=bfloat16(compile=True), packed=False, fused=True),
+    Way(name="the same made 2 ahead", compute=bfloat16(compile=True, ahead=2), packed=False, fused=True),
+    Way(name="the same recomputed", compute=bfloat16(compile=True, recompute=True), packed=False, fused=True),
+    Way(
+        name="the same with flex",
+        compute=bfloat16(compile=True),
+        packed=False,
+        fused=True,
+        flex=True,
+        gpu_only=True,
+    ),
+    Way(
+        name="the same with graphs",
+        compute=bfloat16(compile=True, graphs=True),
+        packed=False,
+        fused=True,
+        gpu_only=True,
+    ),
+]
+
+
+def main() -> None:
+    chosen = _options()
+    with tempfile.TemporaryDirectory() as folder:
+        if chosen.check:
+            rows, checks = compare(chosen.device, Path(folder))
+        else:
+            rows, checks = measure(chosen.device, TINY if chosen.quick else FULL, Path(folder))
+    publish("gpu_training", rows, checks, chosen.json)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--check", action="store_true", help=f"compare loss curves of {CURVE_STEPS} steps")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def ways_on(device: str) -> list[Way]:
+    """A CPU runs those that it can, and compiles once: its compiler takes minutes."""
+    if device != "cpu":
+        return WAYS
+    plain = [way for way in WAYS if not way.gpu_only and not way.compute.compile]
+    return [*plain, next(way for way in WAYS if way.compute.compile)]
+
+
+def make_store(folder: Path, size: Size, n_users: int) -> Store:
+    """Walks of random strides through items of Zipf's popularity: something to learn, of the right lengths."""
+    generator = np.random.default_rng(0)
+    length_U = np.clip(np.exp(generator.normal(np.log(68), 1.1, n_users)), 20, 1000).astype(np.int64)
+    offset_U1 = np.concatenate([[0], np.cumsum(length_U)])
+    start_E = np.repeat((generator.pareto(1.0, n_users) * 20).astype(np.int64), length_U)
+    stride_E = np.repeat(generator.integers(1, 4, n_users), length_U)
+    within_E = np.arange(offset_U1[-1]) - np.repeat(offset_U1[:-1], length_U)
+    item_E = ((start_E + stride_E * within_E) % size.n_items + 1).astype(np.int32)
+    users = pa.table({USER_INDEX: np.arange(n_users), USER: np.arange(n_users).astype(str)})
+    items = pa.table({ITEM_INDEX: np.arange(1, size.n_items + 1), ITEM: np.arange(size.n_items).astype(str)})
+    return write_store(folder, Sequences(item_E=item_E, offset_U1=offset_U1), users, items, command="benchmark")
+
+
+def run_config(way: Way, size: Size, storage: Path, dropout: float) -> RunConfig:
+    """One epoch, without a validation until its end."""
+    block = BlockConfig(heads=size.heads, attention="flex" if way.flex else "sdpa")
+    encoder = EncoderConfig(
+        width=size.width,
+        blocks=size.blocks,
+        max_length=size.max_length,
+        dropout=dropout,
+        block=block,
+        packed=way.packed,
+    )
+    return RunConfig(
+        storage=storage,
+        epochs=1,
+        network=NetworkConfig(encoder=encoder),
+        loss=FullSoftmax(fused=way.fused),
+        plan=PlanConfig(batch_users=size.batch_users),
+        optimizer=OptimizerConfig(warmup_steps=10),
+        sync=AllReduce(meet_every=MEET_EVERY),
+        validation=ValidationConfig(every_epochs=NEVER),
+        checkpoint=CheckpointConfig(interval_s=NEVER),
+        compute=way.compute,
+    )
+
+
+def trained(way: Way, size: Size, store: Store, device: str, dropout: float) -> list[dict[str, Any]]:
+    """The journal's lines of all steps."""
+    torch.compiler.reset()
+    with tempfile.TemporaryDirectory() as storage:
+        run = run_config(way, size, Path(storage), dropout)
+        Loop(run, store, LocalHost(run.folder, device=device)).train()
+        return read(run.folder / STEPS)
+
+
+def measure(device: str, size: Size, folder: Path) -> tuple[list[dict[str, Any]], list[Check]]:
+    """A row for each way; one that fails says so and the others go on."""
+    store = make_store(folder / "store", size, size.steps * size.batch_users)
+    peak = matmul_peak(device, size.peak_n)
+    rows = []
+    for way in ways_on(device):
+        try:
+            rows.append(_row(way, size, store, device, peak))
+        except Exception as error:  # noqa: BLE001 - whatever a compiler raises
+            rows.append(_failed(way, f"{type(error).__name__}: {error}"))
+        print(rows[-1], flush=True)
+        gc.collect()
+    plain, best = rows[0]["tokens_per_s"], max(row["tokens_per_s"] for row in rows)
+    gain = best / plain if plain else 0.0
+    checks = [Check(name="the fastest way against float32", value=gain, target=1.0, unit="times", holds=gain > 1)]
+    ran = sum(not row["failed"] for row in rows)
+    checks.append(Check(name="ways that run", value=ran, target=len(rows), unit="", holds=ran == len(rows)))
+    return rows, checks
+
+
+def _row(way: Way, size: Size, store: Store, device: str, peak: float) -> dict[str, Any]:
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    start_s = time.time()
+    lines = trained(way, size, store, device, dropout=0.2)
+    # The first step after a meeting ends when the device has done all before it, so such lines bound whole steps.
+    first, last = lines[WARM_UP], lines[(len(lines) - 1) // MEET_EVERY * MEET_EVERY]
+    steps, seconds = last["step"] - first["step"], last["time"] - first["time"]
+    tokens = sum(line["tokens"] for line in lines[first["step"] + 1 : last["step"] + 1])
+    return {
+        "way": way.name,
+        "ms_per_step": 1e3 * seconds / steps,
+        "tokens_per_s": tokens / seconds,
+        "share_of_bf16_peak": tokens * flops_per_token(size) / seconds / peak,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device != "cpu" else 0.0,
+        "first_step_s": lines[0]["time"] - start_s,
+        "last_loss": lines[-1]["loss"],
+        "failed": "",
+    }
+
+
+def _failed(way: Way, why: str) -> dict[str, Any]:
+    numbers = ("ms_per_step", "tokens_per_s", "share_of_bf16_peak", "peak_gb", "first_step_s", "last_loss")
+    return {"way": way.name, **dict.fromkeys(numbers, 0.0), "failed": why[:200]}
+
+
+def flops_per_token(size: Size) -> float:
+    """Forward and backward of a token that is no padding, with attention to half the window, and the loss."""
+    layer = 4 * size.width**2 + size.width**2 + 6 * size.width**2  # q k v u; out; SwiGLU of twice the width
+    attention = 2 * size.width * size.max_length / 2
+    return 6.0 * (size.blocks * (layer + attention) + size.n_items * size.width)
+
+
+def matmul_peak(device: str, n: int) -> float:
+    """FLOP/s of a bfloat16 product of random (n, n) matrices, the median of ten."""
+    one, other = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    wait: Callable[[], None] = torch.cuda.synchronize if device != "cpu" else lambda: None
+    seconds = []
+    for _ in range(13):
+        wait()
+        start_s = time.perf_counter()
+        one @ other
+        wait()
+        seconds.append(time.perf_counter() - start_s)
+    return 2.0 * n**3 / statistics.median(seconds[3:])
+
+
+def compare(device: str, folder: Path) -> tuple[list[dict[str, Any]], list[Check]]:
+    """Loss curves without dropout, whose masks differ between devices; the deviation is the largest of all steps."""
+    store = make_store(folder / "store", SMALL, CURVE_STEPS * SMALL.batch_users)
+    expected = _losses(Way(name="CPU, float32"), store, "cpu")
+    rows, checks = [], []
+    for way in [replace(way, name=f"{device}, {way.name}") for way in ways_on(device)]:
+        try:
+            losses = _losses(way, store, device)
+        except Exception as error:  # noqa: BLE001 - whatever a compiler raises
+            losses = np.full(len(expected), np.nan)
+            print(f"{way.name} failed: {error}", flush=True)
+        deviation = float(np.max(np.abs(losses / expected - 1)))
+        last = float(losses[-1] / expected[-1] - 1)
+        rows.append({"way": way.name, "largest_deviation": deviation, "last_deviation": last, "last_loss": losses[-1]})
+        name = f"loss curve of {CURVE_STEPS} steps against the CPU in float32: {way.name}"
+        checks.append(
+            Check(name=name, value=deviation, target=DEVIATION, unit="relative", holds=deviation <= DEVIATION)
+        )
+    return rows, checks
+
+
+def _losses(way: Way, store: Store, device: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([line["loss"] for line in trained(way, SMALL, store, device, dropout=0.0)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""Ways to synchronise: bytes, step time on a plain and on a slow link, time to a target and final NDCG; four processes.
+
+    python -m benchmarks.sync --store STORE [--quick] [--only KIND ...] [--json FILE]
+
+Four gloo processes on this machine, each with one thread, in a network namespace of their own (root is needed). The
+slow link is the kernel's token bucket (tc tbf) on that namespace's loopback: 200 Mbit/s for all four together, no
+added delay (tc netem is not in every kernel). The bytes that the kernel counted there stand beside those that each kind
+counts itself.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from benchmarks.result import Check, publish
+from elasticrec.config import from_mapping, to_mapping
+from elasticrec.data.plan import PlanConfig
+from elasticrec.data.sequences import Store, open_store
+from elasticrec.evaluation.quality import measure
+from elasticrec.evaluation.ranking import EvaluationConfig
+from elasticrec.model.block import BlockConfig
+from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.history import History
+from elasticrec.model.loss import Batch
+from elasticrec.model.network import Network, NetworkConfig
+from elasticrec.training.checkpoint import read_position, read_tensors, section
+from elasticrec.training.elastic import shards_of
+from elasticrec.training.host import LocalHost
+from elasticrec.training.journal import EPOCHS, read
+from elasticrec.training.loop import Loop
+from elasticrec.training.optimizer import OptimizerConfig
+from elasticrec.training.run import AnySync, CheckpointConfig, ElasticConfig, RunConfig, ValidationConfig
+from elasticrec.training.sync.all_reduce import AllReduce
+from elasticrec.training.sync.async_average import AsyncAverage
+from elasticrec.training.sync.gossip import Gossip
+from elasticrec.training.sync.hooks import Bfloat16, PowerSGD
+from elasticrec.training.sync.local_sgd import LocalSGD, Nesterov
+from elasticrec.training.sync.protocol import Link, Tokens
+from elasticrec.training.sync.sharded import Sharded
+
+WORKERS = 4
+SLOW_LINK = "rate 200mbit burst 256kb latency 2s"
+TARGET = 0.95  # of the best validation NDCG@10 that AllReduce reaches
+PAUSE_S, WARM_STEPS, NEVER = 2.0, 4, 1_000_000
+KINDS: dict[str, AnySync] = {
+    "all_reduce": AllReduce(),
+    "all_reduce bfloat16": AllReduce(hook=Bfloat16()),
+    "all_reduce power_sgd": AllReduce(hook=PowerSGD(rank=4, start_step=30)),
+    "sharded": Sharded(),
+    "sharded 2 replicas": Sharded(replicas=2),
+    "local_sgd": LocalSGD(every=150),
+    "diloco": LocalSGD(every=150, outer=Nesterov()),
+    "gossip": Gossip(),
+    "async_average": AsyncAverage(every=16),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """What four processes do with one kind, and where."""
+
+    kind: str
+    epochs: int
+    seed: int = 0
+    slow: bool = False  # timed steps alone, on the slow link
+
+
+def run_config(store: Path, storage: Path, trial: Trial) -> RunConfig:
+    """A small network, so that four processes get through it on two cores; the split does not follow their speed."""
+    steps = trial.epochs * 30
+    return RunConfig(
+        data=store,
+        storage=storage,
+        epochs=trial.epochs,
+        sync=KINDS[trial.kind],
+        network=NetworkConfig(encoder=EncoderConfig(width=32, blocks=2, max_length=32, block=BlockConfig(heads=2))),
+        plan=PlanConfig(batch_users=32, shards=WORKERS, seed=trial.seed),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, warmup_steps=min(50, steps // 4), ema_decay=0.99 if trial.epochs > 10 else 0.9
+        ),
+        evaluation=EvaluationConfig(ks=(10,)),
+        validation=ValidationConfig(every_epochs=max(1, trial.epochs // 6), patience=NEVER),
+        checkpoint=CheckpointConfig(interval_s=NEVER, background=False),
+        elastic=ElasticConfig(min_workers=WORKERS, max_workers=WORKERS, balance=False),
+    )
+
+
+class Worker:
+    """One of the processes, and what it finds for one kind."""
+
+    def __init__(self, run: RunConfig, store: Store, rank: int) -> None:
+        self._run, self._store, self._rank = run, store, rank
+
+    def train(self) -> dict[str, Any]:
+        """The whole run: losses and quality, and what a worker holds of the state at its end."""
+        loop = self._loop("train")
+        start_s = time.monotonic()
+        loop.train()
+        seconds = time.monotonic() - start_s
+        held = _held(loop)
+        if self._rank:
+            return held
+        folder = next(iter(loop.host.checkpoints()))
+        position = read_position(folder)
+        return (
+            held
+            | {"seconds": seconds, "sent_bytes": position.sent_bytes, "steps": position.step}
+            | self._quality(folder)
+        )
+
+    def _quality(self, checkpoint: Path) -> dict[str, Any]:
+        network = Network(self._run.network, self._store.n_items)
+        network.load_state_dict(section(read_tensors(checkpoint), "best"))
+        length = self._run.network.encoder.max_length
+        quality = measure(network.eval(), self._store, self._run.split, self._run.evaluation, max_length=length)
+        return {
+            "validation": quality.validation.metrics["ndcg@10"],
+            "test": quality.test.metrics["ndcg@10"],
+            "test_error": quality.test.standard_errors["ndcg@10"],
+            "curve": [(line["epoch"], line["ndcg@10"]) for line in self._epochs() if "ndcg@10" in line],
+        }
+
+    def _epochs(self) -> list[dict[str, Any]]:
+        return read(self._run.storage / "train" / "run" / EPOCHS)
+
+    def steps(self, count: int) -> dict[str, Any]:
+        """Bare steps: seconds of each, and bytes by the kind's count and the kernel's (of all four)."""
+        loop = self._loop("steps")
+        seconds: list[float] = []
+        with loop.run.sync.attach(loop.loss, loop.optimizer) as link:
+            for step in range(WARM_STEPS):
+                self._step(loop, link, step)
+            dist.barrier()
+            wire, own, begin_s = _wire_bytes(), link.sent_bytes, time.monotonic()
+            for step in range(WARM_STEPS, WARM_STEPS + count):
+                start_s = time.monotonic()
+                self._step(loop, link, step)
+                seconds.append(time.monotonic() - start_s)
+            own = link.sent_bytes - own
+            total_s = time.monotonic() - begin_s
+            dist.barrier()
+            wire = _wire_bytes() - wire
+            link.agree()
+        return {"step_s": total_s / count, "median_s": statistics.median(seconds), "own": own, "wire": wire}
+
+    def stand_still(self) -> dict[str, Any]:
+        """When this worker ended each step, while the first one stood still for a moment."""
+        loop = self._loop("pause")
+        ended_s: list[float] = []
+        pause_s = (0.0, 0.0)
+        with loop.run.sync.attach(loop.loss, loop.optimizer) as link:
+            for step in range(3 * WARM_STEPS):
+                if step == WARM_STEPS and self._rank == 0:
+                    begin_s = time.monotonic()
+                    time.sleep(PAUSE_S)
+                    pause_s = (begin_s, time.monotonic())
+                self._step(loop, link, step)
+                ended_s.append(time.monotonic())
+            link.agree()
+        return {"ended_s": ended_s, "pause_s": pause_s}
+
+    def _loop(self, name: str) -> Loop:
+        run = replace(self._run, storage=self._run.storage / name)
+        return Loop(run, self._store, LocalHost(run.folder, rank=self._rank, world=WORKERS))
+
+    def _step(self, loop: Loop, link: Link, step: int) -> None:
+        (shard,) = shards_of(self._rank, WORKERS, WORKERS)
+        windows = loop.plan.windows(step, loop.plan.shard(step, shard))
+        tokens = Tokens(step=loop.plan.tokens(step), worker=windows.tokens)
+        link.accumulate(Batch(History.of(windows), torch.from_numpy(windows.target_BT)), tokens, last=True)
+        link.step()
+
+
+def _held(loop: Loop) -> dict[str, float]:
+    """Share of parameters and optimizer state that this worker holds."""
+    moments = [value for state in loop.optimizer.state.values() for value in state.values()]
+    tensors: list[Tensor] = [*loop.network.parameters(), *moments]
+    local = sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in tensors)
+    return {"held": local / sum(tensor.numel() for tensor in tensors)}
+
+
+def _wire_bytes() -> int:
+    """What the kernel has sent on this namespace's loopback: all workers together."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split(":")[1].split()[8])
+
+
+def work(rank: int, folder: Path) -> None:
+    """One process: every trial in turn."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    timeout = timedelta(seconds=300)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORKERS, timeout=timeout
+    )
+    for place, told in enumerate(json.loads((folder / "trials.json").read_text())):
+        run = from_mapping(RunConfig, told["run"])
+        worker = Worker(run, open_store(run.data), rank)
+        if told["slow"]:
+            found = worker.steps(told["steps"])
+        else:
+            found = worker.train() | worker.steps(told["steps"]) | worker.stand_still()
+        (folder / f"found-{place}-{rank}.json").write_text(json.dumps(found))
+        if rank == 0:
+            print(f"{told['kind']}{' on the slow link' if told['slow'] else ''}: done", file=sys.stderr, flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def launch(store: Path, trials: list[Trial], steps: int) -> list[list[dict[str, Any]]]:
+    """Four processes in a namespace do all trials of one link; for each trial what each worker found."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        told = [
+            {"kind": trial.kind, "slow": trial.slow, "steps": whole_rounds(KINDS[trial.kind], steps)}
+            | {"run": to_mapping(run_config(store, folder / str(place), trial))}
+            for place, trial in enumerate(trials)
+        ]
+        (folder / "trials.json").write_text(json.dumps(told))
+        throttle = f"tc qdisc add dev lo root tbf {SLOW_LINK};" if trials[0].slow else ""
+        start = 'for rank in 0 1 2 3; do "$0" -m benchmarks.sync --rank $rank --folder "$1" & all="$all $!"; done'
+        wait = "for one in $all; do wait $one || exit 1; done"
+        script = f"set -e; ip link set lo up; {throttle} {start}; {wait}"
+        subprocess.run(["unshare", "--net", "bash", "-c", script, sys.executable, str(folder)], check=True)
+        return [
+            [json.loads((folder / f"found-{place}-{rank}.json").read_text()) for rank in range(WORKERS)]
+            for place in range(len(trials))
+        ]
+
+
+def whole_rounds(sync: AnySync, steps: int) -> int:
+    """At least so many steps, in which as much travels as on average."""
+    period = sync.every if isinstance(sync, LocalSGD | AsyncAverage) else 1
+    return -(-steps // period) * period
+
+
+def row(kind: str, target: float, plain: list[dict[str, Any]], slow: list[dict[str, Any]]) -> dict[str, Any]:
+    """Times to the target count the steps up to the first validation that reaches it."""
+    first = plain[0]
+    reached = next((epoch for epoch, value in first["curve"] if value >= target), None)
+    steps = first["steps"] * reached / first["curve"][-1][0] if reached else float("nan")
+    return {
+        "kind": kind,
+        "KB a step": first["sent_bytes"] / first["steps"] / 1e3,
+        "wire / counted": sum(worker["wire"] for worker in plain[:1]) / max(1, sum(worker["own"] for worker in plain)),
+        "step ms": 1e3 * first["step_s"],
+        "slow step ms": 1e3 * slow[0]["step_s"],
+        "target s": steps * first["step_s"],
+        "slow target s": steps * slow[0]["step_s"],
+        "validation": first["validation"],
+        "test": first["test"],
+        "±": first["test_error"],
+        "held": max(worker["held"] for worker in plain),
+        "steps beside a halt": halted(plain),
+    }
+
+
+def halted(workers: list[dict[str, Any]]) -> int:
+    """Steps that each of the others ended, at least, while the first worker stood still."""
+    begin_s, end_s = workers[0]["pause_s"]
+    counts: list[int] = [sum(begin_s < ended_s < end_s for ended_s in worker["ended_s"]) for worker in workers[1:]]
+    return min(counts)
+
+
+def checks(rows: dict[str, dict[str, Any]]) -> list[Check]:
+    """In the issue's words; quality is that of validation, by which the epoch was chosen, and of the test beside it."""
+    base, made = rows["all_reduce"], []
+    for kind in sorted({"local_sgd", "diloco"} & rows.keys()):
+        fewer = base["KB a step"] / rows[kind]["KB a step"]
+        made.append(_check(f"{kind} sends ≥ 50× fewer bytes", fewer, 50, "times", fewer >= 50))
+    for kind in sorted({"local_sgd", "diloco", "gossip"} & rows.keys()):
+        for part in ("validation", "test"):
+            share = rows[kind][part] / base[part]
+            made.append(_check(f"{kind} keeps ≥ 99 % of AllReduce's NDCG ({part})", share, 0.99, "", share >= 0.99))
+    if "gossip" in rows:
+        beside = rows["gossip"]["steps beside a halt"]
+        made.append(_check("Gossip needs no global barrier", beside, 1, "steps beside a halt", beside >= 1))
+    if "sharded" in rows:
+        held = rows["sharded"]["held"] * WORKERS
+        made.append(_check("Sharded holds ≤ (P/N)·1.15 a worker", held, 1.15, "P/N", held <= 1.15))
+    return made
+
+
+def _check(name: str, value: float, target: float, unit: str, holds: bool) -> Check:
+    return Check(name=name, value=value, target=target, unit=unit, holds=holds)
+
+
+def main() -> None:
+    chosen = _options()
+    if chosen.rank is not None:
+        work(chosen.rank, chosen.folder)
+        return
+    epochs, steps = (3, 12) if chosen.quick else (30, 48)
+    kinds = chosen.only or list(KINDS)
+    plain = launch(chosen.store, [Trial(kind=kind, epochs=epochs) for kind in kinds], steps)
+    slow = launch(chosen.store, [Trial(kind=kind, epochs=epochs, slow=True) for kind in kinds], steps)
+    target = TARGET * plain[kinds.index("all_reduce")][0]["validation"]
+    rows = {kind: row(kind, target, *found) for kind, *found in zip(kinds, plain, slow, strict=True)}
+    publish("sync", list(rows.values()), checks(rows), chosen.json)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--store", type=lambda text: Path(text).resolve(), default=Path("data/ml-100k").resolve())
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=list(KINDS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

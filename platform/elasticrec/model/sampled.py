@@ -1,0 +1,170 @@
+"""Hidden vectors, targets and a step's negatives in, summed sampled softmax out.
+
+# M tokens (non-padding positions), m tokens of a chunk, K negatives, I items of the catalogue, D width
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elasticrec.errors import ConfigError
+from elasticrec.model.loss import Batch, FullSoftmax, check_smoothing, chunk_tokens, smoothing, summed_loss
+from elasticrec.model.network import Network
+
+LARGEST_FULL = 100_000  # items; beyond, logits over the whole catalogue cost more than all the rest of a step
+NEGATIVES = 8_192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Uniform:
+    """Every item alike and none twice, so that as many negatives as items are all of them."""
+
+    kind: ClassVar[str] = "uniform"
+    negatives: int = NEGATIVES
+
+    def __post_init__(self) -> None:
+        _check_count("negatives", self.negatives, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogUniform:
+    """By Zipf's law over the popularity ranks, which are the item indices: no counts are needed."""
+
+    kind: ClassVar[str] = "log_uniform"
+    negatives: int = NEGATIVES
+
+    def __post_init__(self) -> None:
+        _check_count("negatives", self.negatives, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Popularity:
+    """By (events + 1) ** power; 0.75 is word2vec's (arXiv 1310.4546)."""
+
+    kind: ClassVar[str] = "popularity"
+    negatives: int = NEGATIVES
+    power: float = 0.75
+
+    def __post_init__(self) -> None:
+        _check_count("negatives", self.negatives, 1)
+        if self.power < 0:
+            raise ConfigError(f"power {self.power} must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InBatch:
+    """All targets of the global step, and as many uniform draws as told (mixed negatives, Yang et al., WWW 2020)."""
+
+    kind: ClassVar[str] = "in_batch"
+    uniform: int = 0
+
+    def __post_init__(self) -> None:
+        _check_count("uniform", self.uniform, 0)
+
+
+Source = Uniform | LogUniform | Popularity | InBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampledSoftmax:
+    """Cross-entropy of each target against the negatives of its step; only the rows that a step touches are trained.
+
+    With `log_q` a negative counts for as many items as its chance to be drawn says (arXiv 2507.09331: the target
+    itself is certain and is not corrected), so that the loss tends to full softmax as the negatives grow.
+    """
+
+    kind: ClassVar[str] = "sampled_softmax"
+    source: Source = field(default_factory=Uniform)
+    log_q: bool = True
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_smoothing(self.label_smoothing)
+
+
+AnyLoss = FullSoftmax | SampledSoftmax
+
+
+def recommended_loss(n_items: int) -> AnyLoss:
+    """Full softmax as long as it is affordable, sampled softmax for large catalogues."""
+    return FullSoftmax() if n_items <= LARGEST_FULL else SampledSoftmax()
+
+
+@summed_loss.register
+def _(config: SampledSoftmax, network: Network, h_BTD: Tensor, batch: Batch) -> Tensor:
+    assert batch.negatives is not None, "a batch for sampled softmax holds the negatives of its step"
+    item_K, log_weight_K = batch.negatives
+    h_MD, target_M = batch.answers(h_BTD)
+    query_MD, key_ID = network.head.query(h_MD), network.keys()
+    target_MD, negative_KD = F.embedding(target_M, key_ID), key_ID.index_select(0, item_K)
+    hit_M = _hits(target_M, item_K, len(key_ID))
+    loss = summed_sampled_cross_entropy(query_MD, target_MD, negative_KD, log_weight_K, hit_M)
+    if config.label_smoothing:
+        mean_D = torch.softmax(log_weight_K, dim=0) @ negative_KD
+        loss = loss + config.label_smoothing * smoothing(query_MD, target_MD, mean_D)
+    return loss
+
+
+def _hits(target_M: Tensor, item_K: Tensor, n_rows: int) -> Tensor:
+    """The place of each target among the negatives, -1 where it is not among them."""
+    place_I = torch.full((n_rows,), -1, device=item_K.device)
+    place_I[item_K] = torch.arange(len(item_K), device=item_K.device)
+    return place_I[target_M]
+
+
+def summed_sampled_cross_entropy(
+    query_MD: Tensor, target_MD: Tensor, negative_KD: Tensor, log_weight_K: Tensor, hit_M: Tensor
+) -> Tensor:
+    """Sum over tokens of -log(e^s / (e^s + sum over k of e^(s_k + log_weight_k))), s the score of the target.
+
+    Args:
+        hit_M: int64, the negative that is the token's own target and does not count; -1 where there is none.
+    """
+    loss: Tensor = _ChunkedSampledCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        query_MD, target_MD, negative_KD, log_weight_K, hit_M
+    )
+    return loss
+
+
+class _ChunkedSampledCrossEntropy(torch.autograd.Function):
+    """Computes the gradients along with the loss, while a chunk of logits is in the cache."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_MD: Tensor, target_MD: Tensor, negative_KD: Tensor, log_weight_K: Tensor, hit_M: Tensor
+    ) -> Tensor:
+        query_grad_MD, target_grad_MD = torch.empty_like(query_MD), torch.empty_like(target_MD)
+        negative_grad_KD = torch.zeros_like(negative_KD)
+        loss = torch.zeros((), dtype=torch.float64, device=query_MD.device)
+        size = chunk_tokens(query_MD.device, len(negative_KD))
+        for begin in range(0, len(query_MD), size):
+            pick = slice(begin, begin + size)
+            query_mD, target_mD = query_MD[pick], target_MD[pick]
+            logits_mK = torch.addmm(log_weight_K, query_mD, negative_KD.t())
+            row_h = (hit_M[pick] >= 0).nonzero().squeeze(1)
+            logits_mK[row_h, hit_M[pick][row_h]] = float("-inf")
+            target_m1 = (query_mD * target_mD).sum(dim=1, keepdim=True)
+            peak_m1 = torch.maximum(logits_mK.amax(dim=1, keepdim=True), target_m1)
+            logits_mK.sub_(peak_m1).exp_()
+            own_m1 = (target_m1 - peak_m1).exp_()
+            total_m1 = logits_mK.sum(dim=1, keepdim=True) + own_m1
+            loss += (total_m1.log() + peak_m1 - target_m1).sum()
+            grad_mK, own_grad_m1 = logits_mK.div_(total_m1), own_m1 / total_m1 - 1
+            query_grad_MD[pick] = (own_grad_m1 * target_mD).addmm_(grad_mK, negative_KD)
+            target_grad_MD[pick] = own_grad_m1 * query_mD
+            negative_grad_KD.addmm_(grad_mK.t(), query_mD)
+        ctx.save_for_backward(query_grad_MD, target_grad_MD, negative_grad_KD)
+        return loss.to(query_MD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query_MD, target_MD, negative_KD = ctx.saved_tensors
+        return query_MD * grads[0], target_MD * grads[0], negative_KD * grads[0], None, None
+
+
+def _check_count(name: str, count: int, least: int) -> None:
+    if count < least:
+        raise ConfigError(f"{name} {count} must be at least {least}")

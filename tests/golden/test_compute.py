@@ -1,0 +1,154 @@
+"""However a step is computed, it follows the curve of the plain way: bit for bit, or as closely as rounding lets it."""
+
+import functools
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.nn.functional as F
+
+from elasticrec.columns import ITEM, ITEM_INDEX, USER, USER_INDEX
+from elasticrec.data.plan import PlanConfig
+from elasticrec.data.sequences import Sequences, Store, write_store
+from elasticrec.errors import ConfigError
+from elasticrec.model.bias import RelativeBias, Scene, TimeGaps
+from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.layout import layout_of
+from elasticrec.model.loss import FullSoftmax, softmax_gradient, softmax_gradient_in_place
+from elasticrec.model.network import NetworkConfig
+from elasticrec.training.compute import ComputeConfig
+from elasticrec.training.host import LocalHost
+from elasticrec.training.journal import STEPS, read
+from elasticrec.training.loop import Loop
+from elasticrec.training.run import CheckpointConfig, RunConfig, ValidationConfig
+
+N_USERS, N_ITEMS, N_STEPS = 60, 40, 8  # two epochs of four steps; the last of each has 12 users, not 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Users who walk through the items in strides of 1 to 3, with a time for each event."""
+    length_U = 4 + np.arange(N_USERS) * 7 % 13
+    walks = [(user * 11 + (user % 3 + 1) * np.arange(n)) % N_ITEMS + 1 for user, n in enumerate(length_U)]
+    item_E = np.concatenate(walks).astype(np.int32)
+    sequences = Sequences(
+        item_E=item_E,
+        offset_U1=np.concatenate([[0], np.cumsum(length_U)]),
+        time_E=np.cumsum(np.arange(len(item_E)) ** 2 % 5_000),
+    )
+    users = pa.table({USER_INDEX: np.arange(N_USERS), USER: [f"u{user}" for user in range(N_USERS)]})
+    items = pa.table({ITEM_INDEX: np.arange(1, N_ITEMS + 1), ITEM: [f"i{item}" for item in range(N_ITEMS)]})
+    return write_store(tmp_path_factory.mktemp("compute") / "store", sequences, users, items, command="test")
+
+
+def curve(store: Store, storage: Path, compute: ComputeConfig, dropout: float, fused: bool = False) -> list[float]:
+    encoder = EncoderConfig(width=16, blocks=1, max_length=8, dropout=dropout, packed=False, time=TimeGaps(buckets=8))
+    run = RunConfig(
+        storage=storage,
+        epochs=2,
+        network=NetworkConfig(encoder=encoder),
+        loss=FullSoftmax(fused=fused),
+        plan=PlanConfig(batch_users=16, shards=4),
+        validation=ValidationConfig(every_epochs=2),
+        checkpoint=CheckpointConfig(interval_s=1e6),
+        compute=compute,
+    )
+    Loop(run, store, LocalHost(run.folder)).train()
+    losses = [line["loss"] for line in read(run.folder / STEPS)]
+    assert len(losses) == N_STEPS
+    return losses
+
+
+@pytest.fixture(scope="module")
+def expected(store: Store, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The curve of the plain way without dropout."""
+    return curve(store, tmp_path_factory.mktemp("plain"), ComputeConfig(), dropout=0.0)
+
+
+@pytest.mark.parametrize("compute", [ComputeConfig(ahead=2), ComputeConfig(recompute=True)], ids=["ahead", "recompute"])
+def test_what_changes_no_number_gives_the_same_bits(store: Store, tmp_path: Path, compute: ComputeConfig) -> None:
+    plain = curve(store, tmp_path / "plain", ComputeConfig(), dropout=0.2)
+    assert curve(store, tmp_path / "changed", compute, dropout=0.2) == plain
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
+def test_the_compiled_network_and_loss_follow_the_curve(
+    store: Store, tmp_path: Path, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured and differentiated as on a GPU; kernels are not made, since a C++ compiler takes minutes for them."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled = curve(store, tmp_path / "compiled", ComputeConfig(compile=True), dropout=0.0, fused=True)
+    assert compiled == pytest.approx(expected, rel=1e-5)
+
+
+def test_bfloat16_products_follow_the_curve(store: Store, tmp_path: Path, expected: list[float]) -> None:
+    rounded = curve(store, tmp_path / "rounded", ComputeConfig(precision="bfloat16"), dropout=0.0)
+    assert rounded != expected
+    assert rounded == pytest.approx(expected, rel=5e-3)
+
+
+def test_a_graph_without_a_gpu_is_refused(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"compute\.graphs needs a GPU, this worker has 'cpu'"):
+        curve(store, tmp_path, ComputeConfig(compile=True, graphs=True), dropout=0.0)
+
+
+def test_the_softmax_for_compilers_is_the_one_in_place() -> None:
+    logits_mI, target_m1 = torch.randn(7, 11) * 30, torch.randint(0, 11, (7, 1))
+    loss, grad_mI = softmax_gradient(logits_mI, target_m1, torch.float32)
+    expected, expected_mI = softmax_gradient_in_place(logits_mI.clone(), target_m1, torch.float32)
+    torch.testing.assert_close((loss, grad_mI), (expected, expected_mI))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_flex_attention_is_the_attention_with_a_written_bias(packed: bool) -> None:
+    """Its backward pass needs a GPU."""
+    from torch.nn.attention.flex_attention import flex_attention as plain
+
+    from elasticrec.model.flex import flex_attention_by
+
+    item_BT, time_BT = torch.randint(1, 9, (3, 10)), torch.randint(0, 10**6, (3, 10)).sort(dim=1).values
+    item_BT[0, :4], item_BT[1, :2] = 0, 0
+    bias, layout = RelativeBias(2, 10, TimeGaps()), layout_of(item_BT, packed)
+    for parameter in bias.parameters():
+        torch.nn.init.normal_(parameter)
+    cells_BL = layout.cells(time_BT)
+    scene = Scene(layout, TimeGaps().bucket(cells_BL, cells_BL + 5))
+    q_BNLH, k_BNLH, v_BNLH = torch.randn(3, 3, 2, layout.length, 8)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is slow without a compiler
+        own = flex_attention_by(plain, q_BNLH, k_BNLH, v_BNLH, bias, scene)
+        expected = F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH, attn_mask=bias.masked(scene))
+    token_BL = layout.cells(item_BT) != 0
+    mask_BNLH = token_BL[:, None, :, None]
+    torch.testing.assert_close(own * mask_BNLH, expected * mask_BNLH)
+
+
+def test_the_time_gradient_for_devices_is_the_one_counted_on_the_host() -> None:
+    from elasticrec.model.bias import _counted_by_row, _Lookup
+
+    weight_NG, bucket_BLL = torch.randn(2, 6, requires_grad=True), torch.randint(0, 6, (3, 5, 5), dtype=torch.int32)
+    grad_BNLL = torch.randn(3, 2, 5, 5)
+    _Lookup.apply(weight_NG, bucket_BLL).backward(grad_BNLL)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(_counted_by_row(grad_BNLL, bucket_BLL, 6), weight_NG.grad)
+
+
+def test_averaged_weights_leave_the_trained_ones_where_they_were(store: Store, tmp_path: Path) -> None:
+    """A captured graph reads parameters by their address."""
+    run = RunConfig(storage=tmp_path, plan=PlanConfig(batch_users=16, shards=4))
+    loop = Loop(run, store, LocalHost(run.folder))
+    before = [parameter.data_ptr() for parameter in loop.network.parameters()]
+    with loop.averaged.worn_by(loop.network):
+        assert [parameter.data_ptr() for parameter in loop.network.parameters()] != before
+    assert [parameter.data_ptr() for parameter in loop.network.parameters()] == before

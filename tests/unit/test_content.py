@@ -1,0 +1,144 @@
+"""The content tower: new items near the items that they resemble, kept by bundles, and clear words where it cannot."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from elasticrec.artifact.bundle import open_bundle, write_bundle
+from elasticrec.data.plan import Plan, PlanConfig
+from elasticrec.data.sequences import Sequences
+from elasticrec.data.split import LeaveOneOut, split
+from elasticrec.errors import BundleError, ConfigError, InputError
+from elasticrec.model.content import ContentConfig, ContentTower, fit_tower, vocabulary
+from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.history import History
+from elasticrec.model.network import Network, NetworkConfig
+
+N_ITEMS, T = 24, 6
+KINDS = ["sea", "hill", "town"]
+
+
+def item_table(titles: bool = True) -> pa.Table:
+    """Item i is of category i mod 3."""
+    index_I = np.arange(1, N_ITEMS + 1)
+    return pa.table(
+        {
+            "item_index": index_I,
+            "item_id": [f"i{index}" for index in index_I],
+            "title": [f"The {KINDS[index % 3]} {index}" if titles else None for index in index_I],
+            "categories": pa.array([[KINDS[index % 3]] for index in index_I], pa.list_(pa.string())),
+            "count": index_I[::-1],
+        }
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads cost such small products more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trained(one_thread: None) -> tuple[Network, Plan]:
+    """Users stay in one category; a few steps teach the network that."""
+    rng = np.random.default_rng(0)
+    histories = [
+        rng.permutation(np.arange(1, N_ITEMS + 1)[np.arange(1, N_ITEMS + 1) % 3 == user % 3]) for user in range(60)
+    ]
+    sequences = Sequences(
+        item_E=np.concatenate(histories).astype(np.int32), offset_U1=np.arange(0, 60 * 8 + 1, 8, dtype=np.int64)
+    )
+    plan = Plan(PlanConfig(batch_users=60, shards=1), sequences, split(LeaveOneOut(), sequences), T)
+    torch.manual_seed(0)
+    encoder = EncoderConfig(width=16, blocks=1, max_length=T, dropout=0.0)
+    network = Network(NetworkConfig(encoder=encoder), N_ITEMS)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    for step in range(30):
+        windows = plan.windows(step, plan.users(step))
+        target_BT = torch.from_numpy(windows.target_BT).long()
+        h_MD = network(History.of(windows))[target_BT > 0]
+        logits_MI = network.head.query(h_MD) @ network.keys()[1:].t()
+        torch.nn.functional.cross_entropy(logits_MI, target_BT[target_BT > 0] - 1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return network.eval().requires_grad_(False), plan
+
+
+CONFIG = ContentConfig(epochs=60, learning_rate=1e-2)
+NEW = pa.table({"title": ["A hill", None, None], "categories": pa.array([["hill"], ["town"], None])})
+
+
+def test_a_new_item_is_recommended_to_who_likes_its_category(trained: tuple[Network, Plan]) -> None:
+    network, plan = trained
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    tower = fit_tower(network, plan, item_table(), CONFIG)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    key_ND = network.head.key(tower.embed_new(NEW))
+    history = History(torch.tensor([[1, 4, 7, 10, 13, 16], [2, 5, 8, 11, 14, 17]]))  # hill, town
+    score_BN = network.head.query(network(history)[:, -1]) @ key_ND.t()
+    assert score_BN[0, 0] > score_BN[0, 1] + 1
+    assert score_BN[1, 1] > score_BN[1, 0] + 1
+    known_BI = network.scores(history)
+    assert score_BN[0, 0] > known_BI[0, 2::3].max(), "a new hill goes before known towns"
+    assert key_ND[2].isfinite().all()  # of an item of which nothing is known
+
+
+def test_the_same_seed_gives_the_same_tower(trained: tuple[Network, Plan]) -> None:
+    one, other = (fit_tower(*trained, item_table(), dataclasses.replace(CONFIG, epochs=2)) for _ in range(2))
+    assert torch.equal(one.embed_new(NEW), other.embed_new(NEW))
+
+
+def test_given_vectors_are_read_too_and_must_fit(trained: tuple[Network, Plan]) -> None:
+    network, plan = trained
+    vector_IF = np.eye(3, dtype=np.float32)[np.arange(1, N_ITEMS + 1) % 3]
+    bare = item_table().drop_columns(["categories", "title"])
+    tower = fit_tower(network, plan, bare, CONFIG, vector_IF)
+    assert tower.features == ()
+    new = pa.table({"item_id": ["x", "y"]})
+    key_ND = network.head.key(tower.embed_new(new, np.eye(3, dtype=np.float32)[[1, 2]]))
+    history = History(torch.tensor([[1, 4, 7, 10, 13, 16]]))
+    score_BN = network.head.query(network(history)[:, -1]) @ key_ND.t()
+    assert score_BN[0, 0] > score_BN[0, 1] + 1
+    with pytest.raises(InputError, match=r"vectors of shape \(2, 0\) for 2 items; .* give \(2, 3\)"):
+        tower.embed_new(new)
+
+
+def test_words_and_categories_of_few_items_are_left_out() -> None:
+    assert vocabulary(item_table(), ContentConfig()) == (
+        "category:hill", "category:sea", "category:town", "word:hill", "word:sea", "word:the", "word:town",
+    )  # fmt: skip
+    assert vocabulary(item_table(), ContentConfig(title_words=False)) == (
+        "category:hill", "category:sea", "category:town",
+    )  # fmt: skip
+    assert vocabulary(item_table(), ContentConfig(least_items=9)) == ("word:the",)
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        ContentConfig(epochs=0)
+
+
+def test_a_bundle_embeds_new_items(trained: tuple[Network, Plan], tmp_path: Path) -> None:
+    tower = fit_tower(*trained, item_table(), dataclasses.replace(CONFIG, epochs=2))
+    write_bundle(tmp_path / "with", trained[0], item_table(), name="n", version="1", content=tower)
+    bundle = open_bundle(tmp_path / "with")
+    assert torch.equal(bundle.embed_new(NEW), tower.embed_new(NEW))
+    (tmp_path / "with" / "content.parquet").write_bytes(b"PAR1")
+    with pytest.raises(BundleError, match=r"content.parquet' is damaged"):
+        open_bundle(tmp_path / "with")
+    plain = write_bundle(tmp_path / "without", trained[0], item_table(), name="n", version="1")
+    assert plain.content() is None
+    with pytest.raises(BundleError, match=r"has no content.parquet, so it cannot embed new items"):
+        plain.embed_new(NEW)
+
+
+def test_a_tower_comes_back_from_its_table() -> None:
+    tower = ContentTower(("category:a", "word:b"), 4, vector_width=3)
+    again = ContentTower.of_table(tower.to_table())
+    assert again.features == tower.features
+    assert all(torch.equal(one, other) for one, other in zip(tower.parameters(), again.parameters(), strict=True))

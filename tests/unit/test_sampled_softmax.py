@@ -1,0 +1,252 @@
+"""Sampled softmax: equal to full softmax where it must be, in expectation where it can only be that.
+
+# M tokens, K negatives, I items, D width
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elasticrec.config import from_mapping, to_mapping
+from elasticrec.errors import ConfigError
+from elasticrec.model import loss
+from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.history import History
+from elasticrec.model.loss import Batch, FullSoftmax, Negatives, summed_loss
+from elasticrec.model.network import Network, NetworkConfig
+from elasticrec.model.sampled import (
+    InBatch,
+    LogUniform,
+    Popularity,
+    SampledSoftmax,
+    Source,
+    Uniform,
+    recommended_loss,
+    summed_sampled_cross_entropy,
+)
+from elasticrec.training.negatives import Catalogue, NegativeSampler, expected_counts
+from elasticrec.training.run import RunConfig
+
+N_ITEMS, WIDTH, TOKENS = 24, 5, 40
+COUNTS_I = np.array([2_000 // (place + 1) for place in range(N_ITEMS)])
+CATALOGUE = Catalogue(n_items=N_ITEMS, counts=lambda: COUNTS_I)
+SOURCES: dict[str, Source] = {
+    "uniform": Uniform(negatives=21),
+    "log_uniform": LogUniform(negatives=12),
+    "popularity": Popularity(negatives=12, power=1.0),
+    "in_batch": InBatch(),
+    "in_batch and uniform": InBatch(uniform=20),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network() -> Network:
+    torch.manual_seed(0)
+    encoder = EncoderConfig(width=8, blocks=1, max_length=6, dropout=0.0)
+    return Network(NetworkConfig(encoder=encoder), N_ITEMS)
+
+
+def batch(negatives: Negatives | None) -> Batch:
+    item_BT = torch.randint(1, N_ITEMS + 1, (7, 6), generator=torch.Generator().manual_seed(1))
+    item_BT[2, :3] = 0
+    return Batch(History(item_BT), torch.where(item_BT > 0, item_BT % N_ITEMS + 1, 0), negatives)
+
+
+def every_item(source: Source) -> Negatives:
+    sampler = NegativeSampler(SampledSoftmax(source=source), CATALOGUE, seed=0)
+    item_K, log_weight_K = sampler.negatives(3, np.array([1]))
+    return Negatives(torch.from_numpy(item_K), torch.from_numpy(log_weight_K).float())
+
+
+@pytest.mark.parametrize("source", [Uniform, LogUniform, Popularity])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_with_every_item_as_a_negative_it_is_full_softmax(label_smoothing: float, source: type[Any]) -> None:
+    grads = []
+    for config in (FullSoftmax(label_smoothing=label_smoothing), SampledSoftmax(label_smoothing=label_smoothing)):
+        model, given = network(), batch(every_item(source(negatives=N_ITEMS + 5)))
+        value = summed_loss(config, model, model(given.history), given)
+        value.backward()
+        grads.append([value.detach(), *(parameter.grad for parameter in model.parameters())])
+    for full, sampled in zip(*grads, strict=True):
+        torch.testing.assert_close(sampled, full, rtol=1e-4, atol=1e-5)
+
+
+def test_label_smoothing_is_that_of_torch() -> None:
+    model, given = network(), batch(None)
+    own = summed_loss(FullSoftmax(label_smoothing=0.3), model, model(given.history), given)
+    logits_BTI = model.head.query(model(given.history)) @ model.keys()[1:].t()
+    target_M = given.target_BT[given.target_BT > 0] - 1
+    logits_MI = logits_BTI[given.target_BT > 0]
+    torch.testing.assert_close(own, F.cross_entropy(logits_MI, target_M, reduction="sum", label_smoothing=0.3))
+
+
+def tensors(dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query_MD, target_MD = (torch.randn(TOKENS, WIDTH, generator=generator, dtype=dtype) for _ in range(2))
+    negative_KD = torch.randn(9, WIDTH, generator=generator, dtype=dtype)
+    log_weight_K = torch.randn(9, generator=generator, dtype=dtype)
+    hit_M = torch.randint(-3, 9, (TOKENS,), generator=generator).clamp(min=-1)
+    trained = tuple(part.requires_grad_() for part in (query_MD * 3, target_MD, negative_KD))
+    return trained, log_weight_K, hit_M  # type: ignore[return-value]
+
+
+def reference(query_MD: Tensor, target_MD: Tensor, negative_KD: Tensor, weight_K: Tensor, hit_M: Tensor) -> Tensor:
+    logits_MK = query_MD @ negative_KD.t() + weight_K
+    hit_MK = torch.arange(len(weight_K)) == hit_M[:, None]
+    target_M1 = (query_MD * target_MD).sum(dim=1, keepdim=True)
+    logits_ML = torch.cat([target_M1, logits_MK.masked_fill(hit_MK, float("-inf"))], dim=1)
+    return F.cross_entropy(logits_ML, torch.zeros(len(query_MD), dtype=torch.int64), reduction="sum")
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 39, 1000])
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    monkeypatch.setattr(loss, "MIN_CHUNK", 1)
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", tokens * 4 * 9)
+    trained, weight_K, hit_M = tensors(torch.float32)
+    own, expected = (way(*trained, weight_K, hit_M) for way in (summed_sampled_cross_entropy, reference))
+    torch.testing.assert_close(own, expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(own * 0.3, trained), torch.autograd.grad(expected * 0.3, trained), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_is_the_one_that_differences_show() -> None:
+    trained, weight_K, hit_M = tensors(torch.float64)
+    assert torch.autograd.gradcheck(lambda *parts: summed_sampled_cross_entropy(*parts, weight_K, hit_M), trained)
+
+
+def test_a_token_whose_only_negative_is_its_target_has_no_loss() -> None:
+    row_1D = torch.ones(1, WIDTH)
+    value = summed_sampled_cross_entropy(row_1D, row_1D, row_1D, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    assert value.item() == 0
+
+
+# Expectations
+
+
+def mean_gradient(draws: int, negatives_of: Callable[[int], tuple[np.ndarray, np.ndarray]]) -> Tensor:
+    """Of the items' vectors (I, D), over draws."""
+    generator = torch.Generator().manual_seed(2)
+    query_MD, item_ID = (torch.randn(rows, WIDTH, generator=generator) for rows in (TOKENS, N_ITEMS + 1))
+    target_M = torch.from_numpy(targets(0))
+    query_MD = query_MD / 2  # a ratio of means is no mean of ratios: the less scores vary, the closer they are
+    item_ID.requires_grad_()
+    for step in range(draws):
+        item_K, log_weight_K = (torch.from_numpy(part) for part in negatives_of(step))
+        place_I = torch.full((N_ITEMS + 1,), -1)
+        place_I[item_K] = torch.arange(len(item_K))
+        summed_sampled_cross_entropy(
+            query_MD, item_ID[target_M], item_ID[item_K], log_weight_K.float(), place_I[target_M]
+        ).backward()
+    assert item_ID.grad is not None
+    return item_ID.grad / draws
+
+
+def targets(step: int) -> np.ndarray:
+    """Targets of a step, as frequent as the events."""
+    generator = np.random.default_rng([7, step])
+    return generator.choice(np.arange(1, N_ITEMS + 1), 400 if step else TOKENS, p=COUNTS_I / COUNTS_I.sum())
+
+
+def sampled(source: Source, log_q: bool = True) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    sampler = NegativeSampler(SampledSoftmax(source=source, log_q=log_q), CATALOGUE, seed=5)
+    return lambda step: sampler.negatives(step, targets(step + 1))
+
+
+def full(step: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(1, N_ITEMS + 1), np.zeros(N_ITEMS)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_gradient_is_that_of_full_softmax_in_the_mean(name: str) -> None:
+    expected_ID = mean_gradient(1, full)
+    deviation = (mean_gradient(150, sampled(SOURCES[name])) - expected_ID).norm() / expected_ID.norm()
+    assert deviation < 0.06
+
+
+@pytest.mark.parametrize("name", ["log_uniform", "popularity", "in_batch"])
+def test_without_the_correction_it_is_another_gradient(name: str) -> None:
+    expected_ID = mean_gradient(1, full)
+    deviation = (mean_gradient(150, sampled(SOURCES[name], log_q=False)) - expected_ID).norm() / expected_ID.norm()
+    assert deviation > 0.2
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_items_come_up_as_often_as_the_correction_says(name: str) -> None:
+    weighted: Counter[int] = Counter()
+    draws = 400
+    for step in range(draws):
+        item_K, log_weight_K = sampled(SOURCES[name])(step)
+        assert (np.diff(item_K) > 0).all()
+        assert item_K[0] >= 1
+        assert item_K[-1] <= N_ITEMS
+        weighted.update(dict(zip(item_K.tolist(), np.exp(log_weight_K).tolist(), strict=True)))
+    # In the mean a negative stands for one item, whichever it is; the rarest come up a hundred times.
+    assert [weighted[item] / draws for item in range(1, N_ITEMS + 1)] == pytest.approx([1] * N_ITEMS, abs=0.2)
+
+
+def test_an_item_comes_up_by_its_weight_and_at_most_once() -> None:
+    weight_I = np.array([8.0, 4.0, 2.0, 1.0, 1.0])
+    assert expected_counts(weight_I, 1).tolist() == [0.5, 0.25, 0.125, 0.0625, 0.0625]
+    assert expected_counts(weight_I, 3).tolist() == [1, 1, 0.5, 0.25, 0.25]
+    assert expected_counts(weight_I, 5).tolist() == expected_counts(weight_I, 9).tolist() == [1] * 5
+
+
+def test_negatives_follow_from_seed_and_step() -> None:
+    config = SampledSoftmax(source=Popularity(negatives=12))
+    drawn = {
+        (seed, step): NegativeSampler(config, CATALOGUE, seed).negatives(step, targets(1))[0].tolist()
+        for seed in (0, 1)
+        for step in (0, 1)
+    }
+    again = NegativeSampler(config, CATALOGUE, 1)
+    again.negatives(0, targets(1))
+    assert again.negatives(1, targets(1))[0].tolist() == drawn[1, 1]
+    assert len({tuple(items) for items in drawn.values()}) == 4
+
+
+# Choice and mistakes
+
+
+def test_a_file_can_ask_for_it() -> None:
+    asked = {"loss": {"kind": "sampled_softmax", "source": {"kind": "popularity", "negatives": 99}, "log_q": False}}
+    run = from_mapping(RunConfig, asked)
+    assert run.loss == SampledSoftmax(source=Popularity(negatives=99), log_q=False)
+    assert from_mapping(RunConfig, to_mapping(run)) == run
+
+
+def test_large_catalogues_are_sampled() -> None:
+    assert recommended_loss(100_000) == FullSoftmax()
+    assert recommended_loss(100_001) == SampledSoftmax()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Uniform(negatives=0), "negatives 0 must be at least 1"),
+        (lambda: LogUniform(negatives=0), "negatives 0 must be at least 1"),
+        (lambda: Popularity(negatives=-1), "negatives -1 must be at least 1"),
+        (lambda: Popularity(power=-0.5), "power -0.5 must be at least 0"),
+        (lambda: InBatch(uniform=-1), "uniform -1 must be at least 0"),
+        (lambda: SampledSoftmax(label_smoothing=1.0), "label_smoothing 1.0 must be at least 0 and below 1"),
+        (lambda: FullSoftmax(label_smoothing=-0.1), "label_smoothing -0.1 must be at least 0 and below 1"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert message in str(caught.value)
