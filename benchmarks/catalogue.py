@@ -205,7 +205,7 @@ def checks(rows: list[dict[str, Any]]) -> Iterator[Check]:
         holds=ratio <= LARGEST_RATIO,
     )
     found = {row["loss"]: row["ndcg@10"] for row in rows if row["part"] == DATASET}
-    kept = found["uniform"] / found["full"]
+    kept = found["popularity"] / found["full"]
     yield Check(
         name="NDCG@10 of the default sampled softmax against full softmax",
         value=kept,

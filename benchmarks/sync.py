@@ -270,9 +270,9 @@ def row(kind: str, target: float, plain: list[dict[str, Any]], slow: list[dict[s
 
 
 def halted(workers: list[dict[str, Any]]) -> int:
-    """Steps that each of the others ended, at least, while the first worker stood still."""
-    begin_s, end_s = workers[0]["pause_s"]
-    counts: list[int] = [sum(begin_s < ended_s < end_s for ended_s in worker["ended_s"]) for worker in workers[1:]]
+    """Steps that each of the others ended, at least, before the first worker, standing still, began its own."""
+    end_s = workers[0]["pause_s"][1]
+    counts: list[int] = [sum(ended_s < end_s for ended_s in worker["ended_s"][WARM_STEPS:]) for worker in workers[1:]]
     return min(counts)
 
 

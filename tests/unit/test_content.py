@@ -96,6 +96,17 @@ def test_the_same_seed_gives_the_same_tower(trained: tuple[Network, Plan]) -> No
     assert torch.equal(one.embed_new(NEW), other.embed_new(NEW))
 
 
+def test_new_items_are_as_near_to_the_mean_query_as_known_ones(trained: tuple[Network, Plan]) -> None:
+    network, plan = trained
+    tower = fit_tower(network, plan, item_table(), dataclasses.replace(CONFIG, epochs=2))
+    query_D = tower.get_buffer("query_D")
+    assert float(query_D.norm()) == pytest.approx(1.0)
+    known_I = network.keys()[1:] @ query_D
+    new_I = torch.nn.functional.normalize(tower.embed_new(item_table()), dim=-1) @ query_D
+    assert float(new_I.mean()) == pytest.approx(float(known_I.mean()), abs=1e-3)
+    assert float(new_I.std()) > 0
+
+
 def test_given_vectors_are_read_too_and_must_fit(trained: tuple[Network, Plan]) -> None:
     network, plan = trained
     vector_IF = np.eye(3, dtype=np.float32)[np.arange(1, N_ITEMS + 1) % 3]

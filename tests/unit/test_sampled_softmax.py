@@ -33,15 +33,15 @@ from elasticrec.model.sampled import (
 from elasticrec.training.negatives import Catalogue, NegativeSampler, expected_counts
 from elasticrec.training.run import RunConfig
 
-N_ITEMS, WIDTH, TOKENS = 24, 5, 40
-COUNTS_I = np.array([2_000 // (place + 1) for place in range(N_ITEMS)])
+N_ITEMS, WIDTH, TOKENS = 240, 5, 40
+COUNTS_I = np.array([20_000 // (place + 1) for place in range(N_ITEMS)])
 CATALOGUE = Catalogue(n_items=N_ITEMS, counts=lambda: COUNTS_I)
 SOURCES: dict[str, Source] = {
-    "uniform": Uniform(negatives=21),
-    "log_uniform": LogUniform(negatives=12),
-    "popularity": Popularity(negatives=12, power=1.0),
+    "uniform": Uniform(negatives=120),
+    "log_uniform": LogUniform(negatives=120),
+    "popularity": Popularity(negatives=120, power=1.0),
     "in_batch": InBatch(),
-    "in_batch and uniform": InBatch(uniform=20),
+    "in_batch and uniform": InBatch(uniform=50),
 }
 
 
@@ -182,7 +182,7 @@ def test_the_gradient_is_that_of_full_softmax_in_the_mean(name: str) -> None:
 def test_without_the_correction_it_is_another_gradient(name: str) -> None:
     expected_ID = mean_gradient(1, full)
     deviation = (mean_gradient(150, sampled(SOURCES[name], log_q=False)) - expected_ID).norm() / expected_ID.norm()
-    assert deviation > 0.2
+    assert deviation > 0.12
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -196,7 +196,7 @@ def test_items_come_up_as_often_as_the_correction_says(name: str) -> None:
         assert item_K[-1] <= N_ITEMS
         weighted.update(dict(zip(item_K.tolist(), np.exp(log_weight_K).tolist(), strict=True)))
     # In the mean a negative stands for one item, whichever it is; the rarest come up a hundred times.
-    assert [weighted[item] / draws for item in range(1, N_ITEMS + 1)] == pytest.approx([1] * N_ITEMS, abs=0.2)
+    assert [weighted[item] / draws for item in range(1, N_ITEMS + 1)] == pytest.approx([1] * N_ITEMS, abs=0.4)
 
 
 def test_an_item_comes_up_by_its_weight_and_at_most_once() -> None:

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from elasticrec.columns import CATEGORIES, PAD, TITLE
 from elasticrec.data.plan import Plan
 from elasticrec.errors import ConfigError, InputError
+from elasticrec.model.head import CosineHead
 from elasticrec.model.history import History
 from elasticrec.model.network import Network
 
 Float32 = npt.NDArray[np.float32]
 _WORD = re.compile(r"\w{3,}")
-_BIAS, _VECTOR = "bias", "vector:"
+_BIAS, _VECTOR, _QUERY, _SHIFT = "bias", "vector:", "query", "shift"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +62,8 @@ class ContentTower(nn.Module):
         self.weight_VD = nn.Parameter(torch.empty(len(features), width).normal_(std=0.02))
         self.vector_FD = nn.Parameter(torch.empty(vector_width, width).normal_(std=0.02))
         self.bias_D = nn.Parameter(torch.zeros(width))
+        self.register_buffer("query_D", torch.zeros(width))  # direction of the mean query; zero: not levelled yet
+        self.register_buffer("shift_D", torch.zeros(width))  # along it: from the tower's vectors to known items
         self._place = {name: place for place, name in enumerate(features)}
 
     def embed_new(self, items: pa.Table, vectors: Float32 | None = None) -> Tensor:
@@ -74,7 +77,27 @@ class ContentTower(nn.Module):
             InputError: vectors are missing, or not of the width that the tower was fitted with.
         """
         with torch.no_grad():
-            return self(self.bag(items), self._checked(items.num_rows, vectors))  # type: ignore[no-any-return]
+            return self._levelled(self(self.bag(items), self._checked(items.num_rows, vectors)))
+
+    def level(self, query_MD: Tensor, known_KD: Tensor, own_KD: Tensor) -> None:
+        """Notes how far the tower's vectors of known items lie from their rows along the mean query.
+
+        A softmax pushes every item that it has seen away from most queries. A vector that it has not seen would come
+        before all of them: on MovieLens-100K the first ten places of everybody were new items.
+        """
+        self.query_D = F.normalize(query_MD.mean(dim=0), dim=0)
+        apart_KD = F.normalize(known_KD, dim=-1) - F.normalize(own_KD, dim=-1)
+        self.shift_D = (apart_KD @ self.query_D).mean() * self.query_D
+
+    def _levelled(self, row_ND: Tensor) -> Tensor:
+        query_D, shift_D = self.get_buffer("query_D"), self.get_buffer("shift_D")
+        if not query_D.any():
+            return row_ND
+        unit_ND = F.normalize(row_ND, dim=-1)
+        along_N1 = (unit_ND @ query_D)[:, None]
+        rest_ND = F.normalize(unit_ND - along_N1 * query_D, dim=-1)
+        moved_N1 = (along_N1 + shift_D @ query_D).clamp(-1, 1)
+        return rest_ND * (1 - moved_N1.square()).sqrt() + moved_N1 * query_D
 
     def bag(self, items: pa.Table) -> tuple[Tensor, Tensor, Tensor]:
         """Features of all items (S,), where each item's begin (N,), and the weight of each (S,)."""
@@ -103,8 +126,9 @@ class ContentTower(nn.Module):
 
     def to_table(self) -> pa.Table:
         """One row a feature: its name and its weights."""
-        names = [*self.features, *(f"{_VECTOR}{entry}" for entry in range(self.vector_width)), _BIAS]
-        weight_VD = torch.cat([self.weight_VD, self.vector_FD, self.bias_D[None]]).detach().cpu().numpy()
+        names = [*self.features, *(f"{_VECTOR}{entry}" for entry in range(self.vector_width)), _BIAS, _QUERY, _SHIFT]
+        single = (self.bias_D[None], self.get_buffer("query_D")[None], self.get_buffer("shift_D")[None])
+        weight_VD = torch.cat([self.weight_VD, self.vector_FD, *single]).detach().cpu().numpy()
         return pa.table({"feature": names, "weight": list(weight_VD)})
 
     @classmethod
@@ -113,9 +137,10 @@ class ContentTower(nn.Module):
         names: list[str] = table.column("feature").to_pylist()
         weight_VD = torch.tensor(np.stack(table.column("weight").to_numpy()), dtype=torch.float32)
         vectors = sum(name.startswith(_VECTOR) for name in names)
-        tower = cls(tuple(names[: len(names) - vectors - 1]), weight_VD.shape[1], vectors)
-        parts = weight_VD.split([len(tower.features), vectors, 1])
-        state: dict[str, Any] = {"weight_VD": parts[0], "vector_FD": parts[1], "bias_D": parts[2][0]}
+        tower = cls(tuple(names[: len(names) - vectors - 3]), weight_VD.shape[1], vectors)
+        weights_VD, vector_FD, single_3D = weight_VD.split([len(tower.features), vectors, 3])
+        state: dict[str, Any] = {"weight_VD": weights_VD, "vector_FD": vector_FD}
+        state |= dict(zip(("bias_D", "query_D", "shift_D"), single_3D, strict=True))
         tower.load_state_dict(state)
         return tower.requires_grad_(False)
 
@@ -145,6 +170,8 @@ def fit_tower(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+    if isinstance(network.head, CosineHead):  # where lengths count, the tower has fitted them
+        tower.level(query_MD, known_KD, tower(bag, vector_KF).detach())
     return tower.requires_grad_(False)
 
 

@@ -77,7 +77,7 @@ class SampledSoftmax:
     """
 
     kind: ClassVar[str] = "sampled_softmax"
-    source: Source = field(default_factory=Uniform)
+    source: Source = field(default_factory=Popularity)
     log_q: bool = True
     label_smoothing: float = 0.0
 

@@ -78,7 +78,7 @@ def _(source: Uniform, catalogue: Catalogue) -> Draw:
 
 @draw_of.register
 def _(source: LogUniform, catalogue: Catalogue) -> Draw:
-    return _spread(np.log1p(1 / np.arange(1, catalogue.n_items + 1, dtype=np.float64)), source.negatives)
+    return _spread(np.asarray(np.log1p(1 / np.arange(1, catalogue.n_items + 1)), dtype=np.float64), source.negatives)
 
 
 @draw_of.register
