@@ -14,7 +14,7 @@ from benchmarks.quality.table import tables
 from benchmarks.quality.task import Task, sample, write_task
 from elasticrec.data.split import Cases
 from elasticrec.errors import ConfigError
-from elasticrec.training.recipe import LENGTHS, Facts, recipe
+from elasticrec.training.recipe import LENGTHS, Facts, recipe, repeats_of
 from elasticrec.training.run import RunConfig
 
 TASK = Task(
@@ -134,13 +134,29 @@ def test_overrides_reach_into_the_run_and_misspelt_ones_are_refused() -> None:
 
 
 def test_the_recipe_grows_with_the_data_and_knows_no_names() -> None:
-    small = recipe(Facts(n_items=100, n_users=50, n_events=1_000, long_history=20))
-    shop = recipe(Facts(n_items=40_000, n_users=126_000, n_events=430_000, long_history=7))
-    large = recipe(Facts(n_items=3_000, n_users=6_000, n_events=1_000_000, long_history=400))
+    small = recipe(Facts(n_items=100, n_users=50, n_events=1_000, long_history=20, repeats=0.0))
+    shop = recipe(Facts(n_items=40_000, n_users=126_000, n_events=430_000, long_history=7, repeats=0.2))
+    large = recipe(Facts(n_items=3_000, n_users=6_000, n_events=1_000_000, long_history=400, repeats=0.0))
     assert small.network.encoder.width < shop.network.encoder.width < large.network.encoder.width
     assert shop.network.encoder.max_length == LENGTHS[0]
     assert large.network.encoder.max_length == LENGTHS[-1]
     assert shop.epochs < large.epochs
     assert shop.loss.kind == "full_softmax"
-    assert recipe(Facts(n_items=10**6, n_users=10**6, n_events=10**8, long_history=200)).loss.kind == "sampled_softmax"
-    assert recipe(Facts(n_items=1, n_users=0, n_events=0, long_history=0), epochs=7).epochs == 7
+    huge = recipe(Facts(n_items=10**6, n_users=10**6, n_events=10**8, long_history=200, repeats=0.0))
+    assert huge.loss.kind == "sampled_softmax"
+    assert recipe(Facts(n_items=1, n_users=0, n_events=0, long_history=0, repeats=0.0), epochs=7).epochs == 7
+
+
+def test_what_is_asked_for_again_is_an_answer_in_training_and_in_ranking() -> None:
+    films = Facts(n_items=100, n_users=50, n_events=1_000, long_history=20, repeats=0.001)
+    shop = replace(films, repeats=0.05)
+    for facts, once in ((films, True), (shop, False)):
+        run = recipe(facts)
+        assert run.loss.mask_seen is once
+        assert run.evaluation.remove_seen is once
+
+
+def test_repeats_by_hand() -> None:
+    item_E = np.array([5, 5, 6, 1, 2, 1, 1], dtype=np.int32)  # two users; the last event is no training
+    assert repeats_of(item_E, np.array([0, 3]), np.array([3, 6])) == pytest.approx(2 / 6)
+    assert repeats_of(item_E, np.array([0]), np.array([0])) == 0

@@ -23,6 +23,7 @@ from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.model.sampled import (
     InBatch,
     LogUniform,
+    Masked,
     Popularity,
     SampledSoftmax,
     Source,
@@ -72,10 +73,10 @@ def every_item(source: Source) -> Negatives:
 
 
 @pytest.mark.parametrize("source", [Uniform, LogUniform, Popularity])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-def test_with_every_item_as_a_negative_it_is_full_softmax(label_smoothing: float, source: type[Any]) -> None:
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"mask_seen": True}], ids=str)
+def test_with_every_item_as_a_negative_it_is_full_softmax(options: dict[str, Any], source: type[Any]) -> None:
     grads = []
-    for config in (FullSoftmax(label_smoothing=label_smoothing), SampledSoftmax(label_smoothing=label_smoothing)):
+    for config in (FullSoftmax(**options), SampledSoftmax(**options)):
         model, given = network(), batch(every_item(source(negatives=N_ITEMS + 5)))
         value = summed_loss(config, model, model(given.history), given)
         value.backward()
@@ -93,6 +94,43 @@ def test_label_smoothing_is_that_of_torch() -> None:
     torch.testing.assert_close(own, F.cross_entropy(logits_MI, target_M, reduction="sum", label_smoothing=0.3))
 
 
+def repeating_batch() -> Batch:
+    """Items that come again as inputs and as targets, with padding."""
+    item_BT = torch.tensor([[0, 0, 3, 4, 3, 5], [7, 8, 9, 7, 7, 2], [0, 0, 0, 0, 0, 1]])
+    target_BT = torch.tensor([[0, 0, 4, 3, 5, 6], [8, 9, 7, 7, 2, 4], [0, 0, 0, 0, 0, 9]])
+    return Batch(History(item_BT), target_BT, None)
+
+
+@pytest.mark.parametrize("with_places", [False, True])
+@pytest.mark.parametrize("tokens", [1, 4, 1000])
+def test_what_was_seen_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch, tokens: int, with_places: bool) -> None:
+    monkeypatch.setattr(loss, "MIN_CHUNK", 1)
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", tokens * 4 * N_ITEMS)
+    model, given = network(), repeating_batch()
+    if with_places:
+        given = given._replace(place_M=(given.target_BT.flatten() > 0).nonzero().squeeze(1))
+    own = summed_loss(FullSoftmax(mask_seen=True), model, model(given.history), given)
+    expected = by_definition(model, given)
+    torch.testing.assert_close(own, expected)
+    parameters = list(model.parameters())
+    for mine, theirs in zip(
+        torch.autograd.grad(own, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def by_definition(model: Network, given: Batch) -> Tensor:
+    """Token by token, over the items that are the target or not among the inputs so far."""
+    total = torch.zeros(())
+    logits_BTI = model.head.query(model(given.history)) @ model.keys().t()
+    for row, column in (given.target_BT > 0).nonzero().tolist():
+        target = int(given.target_BT[row, column])
+        seen = set(given.history.item_BT[row, : column + 1].tolist()) - {target}
+        allowed = [item for item in range(1, N_ITEMS + 1) if item not in seen]
+        total = total + logits_BTI[row, column, allowed].logsumexp(0) - logits_BTI[row, column, target]
+    return total
+
+
 def tensors(dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     query_MD, target_MD = (torch.randn(TOKENS, WIDTH, generator=generator, dtype=dtype) for _ in range(2))
@@ -101,6 +139,17 @@ def tensors(dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, 
     hit_M = torch.randint(-3, 9, (TOKENS,), generator=generator).clamp(min=-1)
     trained = tuple(part.requires_grad_() for part in (query_MD * 3, target_MD, negative_KD))
     return trained, log_weight_K, hit_M  # type: ignore[return-value]
+
+
+def masked(hit_M: Tensor) -> Masked:
+    """Leaves out one negative a token; -1: none."""
+    n_negatives = int(hit_M.max()) + 1
+    place_I = torch.cat([torch.arange(n_negatives), torch.tensor([-1])])
+    return Masked(place_I, torch.where(hit_M >= 0, hit_M, n_negatives))
+
+
+def sampled_loss(query_MD: Tensor, target_MD: Tensor, negative_KD: Tensor, weight_K: Tensor, hit_M: Tensor) -> Tensor:
+    return summed_sampled_cross_entropy(query_MD, target_MD, negative_KD, weight_K, masked(hit_M))
 
 
 def reference(query_MD: Tensor, target_MD: Tensor, negative_KD: Tensor, weight_K: Tensor, hit_M: Tensor) -> Tensor:
@@ -116,7 +165,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, tokens: int) -> Non
     monkeypatch.setattr(loss, "MIN_CHUNK", 1)
     monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", tokens * 4 * 9)
     trained, weight_K, hit_M = tensors(torch.float32)
-    own, expected = (way(*trained, weight_K, hit_M) for way in (summed_sampled_cross_entropy, reference))
+    own, expected = (way(*trained, weight_K, hit_M) for way in (sampled_loss, reference))
     torch.testing.assert_close(own, expected)
     for mine, theirs in zip(
         torch.autograd.grad(own * 0.3, trained), torch.autograd.grad(expected * 0.3, trained), strict=True
@@ -126,12 +175,12 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, tokens: int) -> Non
 
 def test_the_gradient_is_the_one_that_differences_show() -> None:
     trained, weight_K, hit_M = tensors(torch.float64)
-    assert torch.autograd.gradcheck(lambda *parts: summed_sampled_cross_entropy(*parts, weight_K, hit_M), trained)
+    assert torch.autograd.gradcheck(lambda *parts: sampled_loss(*parts, weight_K, hit_M), trained)
 
 
 def test_a_token_whose_only_negative_is_its_target_has_no_loss() -> None:
     row_1D = torch.ones(1, WIDTH)
-    value = summed_sampled_cross_entropy(row_1D, row_1D, row_1D, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    value = sampled_loss(row_1D, row_1D, row_1D, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     assert value.item() == 0
 
 
@@ -150,7 +199,7 @@ def mean_gradient(draws: int, negatives_of: Callable[[int], tuple[np.ndarray, np
         place_I = torch.full((N_ITEMS + 1,), -1)
         place_I[item_K] = torch.arange(len(item_K))
         summed_sampled_cross_entropy(
-            query_MD, item_ID[target_M], item_ID[item_K], log_weight_K.float(), place_I[target_M]
+            query_MD, item_ID[target_M], item_ID[item_K], log_weight_K.float(), Masked(place_I, target_M)
         ).backward()
     assert item_ID.grad is not None
     return item_ID.grad / draws
@@ -243,6 +292,7 @@ def test_large_catalogues_are_sampled() -> None:
         (lambda: Popularity(power=-0.5), "power -0.5 must be at least 0"),
         (lambda: InBatch(uniform=-1), "uniform -1 must be at least 0"),
         (lambda: SampledSoftmax(label_smoothing=1.0), "label_smoothing 1.0 must be at least 0 and below 1"),
+        (lambda: FullSoftmax(label_smoothing=0.1, mask_seen=True), "label_smoothing spreads over the whole catalogue"),
         (lambda: FullSoftmax(label_smoothing=-0.1), "label_smoothing -0.1 must be at least 0 and below 1"),
     ],
 )

@@ -4,14 +4,14 @@
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from elasticrec.errors import ConfigError
-from elasticrec.model.loss import Batch, FullSoftmax, check_smoothing, chunk_tokens, smoothing, summed_loss
+from elasticrec.model.loss import Batch, FullSoftmax, Seen, check_smoothing, chunk_tokens, smoothing, summed_loss
 from elasticrec.model.network import Network
 
 LARGEST_FULL = 100_000  # items; beyond, logits over the whole catalogue cost more than all the rest of a step
@@ -73,24 +73,27 @@ class SampledSoftmax:
     """Cross-entropy of each target against the negatives of its step; only the rows that a step touches are trained.
 
     With `log_q` a negative counts for as many items as its chance to be drawn says (arXiv 2507.09331: the target
-    itself is certain and is not corrected), so that the loss tends to full softmax as the negatives grow.
+    itself is certain and is not corrected), so that the loss tends to full softmax as the negatives grow. `mask_seen`
+    as there.
     """
 
     kind: ClassVar[str] = "sampled_softmax"
     source: Source = field(default_factory=Popularity)
     log_q: bool = True
     label_smoothing: float = 0.0
+    mask_seen: bool = False
 
     def __post_init__(self) -> None:
-        check_smoothing(self.label_smoothing)
+        check_smoothing(self.label_smoothing, self.mask_seen)
 
 
 AnyLoss = FullSoftmax | SampledSoftmax
 
 
-def recommended_loss(n_items: int) -> AnyLoss:
+def recommended_loss(n_items: int, *, mask_seen: bool = False) -> AnyLoss:
     """Full softmax as long as it is affordable, sampled softmax for large catalogues."""
-    return FullSoftmax() if n_items <= LARGEST_FULL else SampledSoftmax()
+    kind = FullSoftmax if n_items <= LARGEST_FULL else SampledSoftmax
+    return kind(mask_seen=mask_seen)
 
 
 @summed_loss.register
@@ -100,31 +103,44 @@ def _(config: SampledSoftmax, network: Network, h_BTD: Tensor, batch: Batch) -> 
     h_MD, target_M = batch.answers(h_BTD)
     query_MD, key_ID = network.head.query(h_MD), network.keys()
     target_MD, negative_KD = F.embedding(target_M, key_ID), key_ID.index_select(0, item_K)
-    hit_M = _hits(target_M, item_K, len(key_ID))
-    loss = summed_sampled_cross_entropy(query_MD, target_MD, negative_KD, log_weight_K, hit_M)
+    place_I = _places(item_K, len(key_ID))
+    masked = Masked(place_I, target_M, batch.seen() if config.mask_seen else None)
+    loss = summed_sampled_cross_entropy(query_MD, target_MD, negative_KD, log_weight_K, masked)
     if config.label_smoothing:
         mean_D = torch.softmax(log_weight_K, dim=0) @ negative_KD
         loss = loss + config.label_smoothing * smoothing(query_MD, target_MD, mean_D)
     return loss
 
 
-def _hits(target_M: Tensor, item_K: Tensor, n_rows: int) -> Tensor:
-    """The place of each target among the negatives, -1 where it is not among them."""
+class Masked(NamedTuple):
+    """Negatives that are no wrong answers to M tokens: their own targets, and what was seen before them."""
+
+    place_I: Tensor  # int64, of each item among the K negatives; -1 where it is not among them
+    target_M: Tensor
+    seen: Seen | None = None
+
+    def of(self, pick: slice) -> tuple[Tensor, Tensor]:
+        """Row among the tokens of `pick`, and column among the negatives, of each pair to leave out."""
+        item_mX = self.target_M[pick, None]
+        if self.seen is not None:
+            item_mX = torch.cat([item_mX, self.seen.of(pick)], dim=1)
+        place_mX = self.place_I[item_mX]
+        row_h, column_h = (place_mX >= 0).nonzero(as_tuple=True)
+        return row_h, place_mX[row_h, column_h]
+
+
+def _places(item_K: Tensor, n_rows: int) -> Tensor:
     place_I = torch.full((n_rows,), -1, device=item_K.device)
     place_I[item_K] = torch.arange(len(item_K), device=item_K.device)
-    return place_I[target_M]
+    return place_I
 
 
 def summed_sampled_cross_entropy(
-    query_MD: Tensor, target_MD: Tensor, negative_KD: Tensor, log_weight_K: Tensor, hit_M: Tensor
+    query_MD: Tensor, target_MD: Tensor, negative_KD: Tensor, log_weight_K: Tensor, masked: Masked
 ) -> Tensor:
-    """Sum over tokens of -log(e^s / (e^s + sum over k of e^(s_k + log_weight_k))), s the score of the target.
-
-    Args:
-        hit_M: int64, the negative that is the token's own target and does not count; -1 where there is none.
-    """
+    """Sum over tokens of -log(e^s / (e^s + sum over k of e^(s_k + log_weight_k))), s the score of the target."""
     loss: Tensor = _ChunkedSampledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        query_MD, target_MD, negative_KD, log_weight_K, hit_M
+        query_MD, target_MD, negative_KD, log_weight_K, masked
     )
     return loss
 
@@ -134,7 +150,7 @@ class _ChunkedSampledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query_MD: Tensor, target_MD: Tensor, negative_KD: Tensor, log_weight_K: Tensor, hit_M: Tensor
+        ctx: Any, query_MD: Tensor, target_MD: Tensor, negative_KD: Tensor, log_weight_K: Tensor, masked: Masked
     ) -> Tensor:
         query_grad_MD, target_grad_MD = torch.empty_like(query_MD), torch.empty_like(target_MD)
         negative_grad_KD = torch.zeros_like(negative_KD)
@@ -144,8 +160,7 @@ class _ChunkedSampledCrossEntropy(torch.autograd.Function):
             pick = slice(begin, begin + size)
             query_mD, target_mD = query_MD[pick], target_MD[pick]
             logits_mK = torch.addmm(log_weight_K, query_mD, negative_KD.t())
-            row_h = (hit_M[pick] >= 0).nonzero().squeeze(1)
-            logits_mK[row_h, hit_M[pick][row_h]] = float("-inf")
+            logits_mK[masked.of(pick)] = float("-inf")
             target_m1 = (query_mD * target_mD).sum(dim=1, keepdim=True)
             peak_m1 = torch.maximum(logits_mK.amax(dim=1, keepdim=True), target_m1)
             logits_mK.sub_(peak_m1).exp_()

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from elasticrec.data.plan import PlanConfig
-from elasticrec.data.sequences import Store
+from elasticrec.data.sequences import Int64, Store
 from elasticrec.data.split import LeaveOneOut, split
+from elasticrec.evaluation.ranking import EvaluationConfig
 from elasticrec.model.block import BlockConfig
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import NetworkConfig
@@ -16,6 +18,8 @@ from elasticrec.training.run import RunConfig, ValidationConfig
 
 LENGTHS = (16, 32, 50, 64, 100, 128, 200)  # the last is what public benchmarks of long histories use
 VALIDATIONS = 40  # times the validation cases are ranked in a whole run
+FEW_REPEATS = 0.01  # below, what a user had already is taken for no answer, neither in training nor when ranking
+SAMPLED_USERS = 10_000  # whose histories are searched for repeats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +30,7 @@ class Facts:
     n_users: int  # with something to predict
     n_events: int  # that train
     long_history: int  # training events of a user, 90th percentile
+    repeats: float  # share of training events with an item that their user had before
 
 
 def facts_of(store: Store) -> Facts:
@@ -37,7 +42,16 @@ def facts_of(store: Store) -> Facts:
         n_users=int(np.count_nonzero(length_U >= 2)),
         n_events=int(length_U.sum()),
         long_history=int(np.percentile(length_U, 90)),
+        repeats=repeats_of(store.sequences.item_E, cut.train_start_U, cut.train_end_U),
     )
+
+
+def repeats_of(item_E: npt.NDArray[np.int32], start_U: Int64, end_U: Int64) -> float:
+    """Share of events with an item that their user had before, by a sample of users that is always the same."""
+    users = np.random.default_rng(0).permutation(len(start_U))[:SAMPLED_USERS]
+    events = int((end_U - start_U)[users].sum())
+    different = sum(len(np.unique(item_E[start_U[user] : end_U[user]])) for user in users)
+    return 1 - different / events if events else 0.0
 
 
 def recommended(store: Store, epochs: int | None = None) -> RunConfig:
@@ -52,12 +66,14 @@ def recommended(store: Store, epochs: int | None = None) -> RunConfig:
 def recipe(facts: Facts, epochs: int | None = None) -> RunConfig:
     """Settings from sizes alone."""
     epochs = epochs or epochs_of(facts)
+    once = facts.repeats < FEW_REPEATS
     return RunConfig(
         epochs=epochs,
         network=NetworkConfig(encoder=_encoder(facts)),
-        loss=recommended_loss(facts.n_items),
+        loss=recommended_loss(facts.n_items, mask_seen=once),
         plan=PlanConfig(batch_users=batch_users_of(facts)),
         optimizer=_optimizer(facts, epochs),
+        evaluation=EvaluationConfig(remove_seen=once),
         validation=ValidationConfig(every_epochs=max(1, epochs // VALIDATIONS), patience=VALIDATIONS // 4),
     )
 
