@@ -18,7 +18,7 @@ import torch
 from elasticrec.artifact.bundle import open_bundle, verify_bundle, write_bundle
 from elasticrec.cli.local_cluster import LocalClusterConfig, local_cluster
 from elasticrec.compression.measure import MeasureConfig
-from elasticrec.compression.quantize import BFloat16Table, Float32, Int8Table
+from elasticrec.compression.quantize import BFloat16Table, Int8Table
 from elasticrec.compression.sweep import SweepConfig, SweepResult, calibrate, sweep
 from elasticrec.data.sequences import Sequences, write_store
 from elasticrec.errors import BundleError, ConfigError
@@ -72,7 +72,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     network = Network(config, N_ITEMS)
     bundle = write_bundle(root / "teacher", network, items, name="films", version="1")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
-    recipes = (Float32(), Unknown(), BFloat16Table(), Deadly(driver=os.getpid()), Int8Table())
+    recipes = ((), (Unknown(),), (BFloat16Table(),), (Deadly(driver=os.getpid()),), (Int8Table(),))
     told: list[tuple[str, str]] = []
     with local_cluster(LocalClusterConfig(num_cpus=2)) as cluster, pytest.MonkeyPatch.context() as patch:
         for key, value in cluster.env.items():
@@ -140,7 +140,7 @@ def test_done_trials_are_whole_bundles_with_lineage(finished: Finished) -> None:
         assert row["bundle"] == str(finished.out / name)
         verify_bundle(row["bundle"])
         manifest = open_bundle(row["bundle"]).manifest
-        assert manifest.recipe == {"kind": name}
+        assert manifest.recipe["kind"] == name
         assert manifest.lineage["parent"] == finished.bundle
         assert manifest.metrics["ndcg@10"] == row["ndcg@10"]
 
@@ -227,7 +227,9 @@ def test_a_missing_bundle_is_one_error_before_anything_runs(finished: Finished, 
 
 
 def test_an_impossible_budget_chooses_nothing_and_says_why(finished: Finished, tmp_path: Path) -> None:
-    config = SweepConfig(recipes=(Int8Table(),), budget="bytes<=10", measure=MeasureConfig(rounds=2, warmup_rounds=0))
+    config = SweepConfig(
+        recipes=((Int8Table(),),), budget="bytes<=10", measure=MeasureConfig(rounds=2, warmup_rounds=0)
+    )
     result = sweep(config, finished.bundle, finished.store, tmp_path / "out")
     assert result.chosen is None
     assert "none meets bytes<=10; nearest is int8_table" in result.choice.why
@@ -244,7 +246,7 @@ def test_a_budget_on_something_unmeasured_does_not_wait_for_the_trials(finished:
 
 def test_recipes_are_distinct() -> None:
     with pytest.raises(ConfigError, match="'int8_table' is there twice"):
-        SweepConfig(recipes=(Int8Table(), Int8Table()))
+        SweepConfig(recipes=((Int8Table(),), (Int8Table(),)))
     with pytest.raises(ConfigError, match="at least one recipe"):
         SweepConfig(recipes=())
     with pytest.raises(ConfigError, match="cannot be read"):

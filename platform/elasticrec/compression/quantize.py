@@ -1,28 +1,21 @@
-"""A recipe and a float32 network in, a smaller network out. Offline; serving loads the result by its config alone.
+"""A float32 network in, one with a smaller item table out. Offline; serving loads the result by its config alone.
 
 # I items + 1, D width
 """
 
-from dataclasses import dataclass, fields, replace
-from functools import singledispatch
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from elasticrec.compression.workbench import Workbench, apply
 from elasticrec.errors import ConfigError
 from elasticrec.model.network import Network
 from elasticrec.model.quantized import Precision
 
 _TABLE = "encoder.items."
 _LARGEST_INT8 = 127
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Float32:
-    """The network as it was trained."""
-
-    kind: ClassVar[str] = "float32"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,37 +32,13 @@ class Int8Table:
     kind: ClassVar[str] = "int8_table"
 
 
-Recipe = Float32 | BFloat16Table | Int8Table
-
-
-def label(recipe: Recipe) -> str:
-    """A short name that tells recipes of one sweep apart: the kind, then what differs from its defaults."""
-    changed = [f for f in fields(recipe) if getattr(recipe, f.name) != f.default]
-    return "-".join([recipe.kind, *(f"{f.name}={getattr(recipe, f.name)}" for f in changed)])
-
-
-@singledispatch
-def compress(recipe: object, network: Network) -> Network:  # noqa: ARG001
-    """A new network made by `recipe`, in evaluation mode on the CPU; `network` stays as it is.
-
-    Raises:
-        ConfigError: the recipe is unknown, or the network was compressed before.
-    """
-    raise ConfigError(f"no way to compress by {type(recipe).__name__}; known: {', '.join(_kinds())}")
-
-
-@compress.register
-def _(_recipe: Float32, network: Network) -> Network:
-    return _with_table(network, "float32", {"weight_ID": _rows(network)})
-
-
-@compress.register
-def _(_recipe: BFloat16Table, network: Network) -> Network:
+@apply.register
+def _(_step: BFloat16Table, network: Network, _bench: Workbench) -> Network:
     return _with_table(network, "bfloat16", {"weight_ID": _rows(network).bfloat16()})
 
 
-@compress.register
-def _(_recipe: Int8Table, network: Network) -> Network:
+@apply.register
+def _(_step: Int8Table, network: Network, _bench: Workbench) -> Network:
     weight_ID, scale_I = int8_rows(_rows(network))
     return _with_table(network, "int8", {"weight_ID": weight_ID, "scale_I": scale_I})
 
@@ -95,7 +64,3 @@ def _with_table(network: Network, precision: Precision, table: dict[str, Tensor]
     smaller = Network(replace(network.config, table=precision), network.n_items)
     smaller.load_state_dict(state | {_TABLE + name: tensor for name, tensor in table.items()})
     return smaller.eval().requires_grad_(False)
-
-
-def _kinds() -> list[str]:
-    return sorted(kind.kind for kind in compress.registry if hasattr(kind, "kind"))

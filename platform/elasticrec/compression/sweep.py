@@ -33,7 +33,8 @@ from elasticrec.artifact.items import check_same_items
 from elasticrec.artifact.location import Location, locate
 from elasticrec.compression.measure import MeasureConfig
 from elasticrec.compression.pareto import Choice, Direction, Trial, choose, front, parse_budget
-from elasticrec.compression.quantize import BFloat16Table, Float32, Int8Table, Recipe, label
+from elasticrec.compression.quantize import BFloat16Table, Int8Table
+from elasticrec.compression.recipe import Recipe, label
 from elasticrec.compression.trial import VALIDATION, Job, Row, batch_suffix, run_trial, teacher_metrics
 from elasticrec.config import to_mapping
 from elasticrec.data.sequences import open_store
@@ -63,7 +64,7 @@ class SweepConfig:
     Trials run one after the other by default: two at once would time each other.
     """
 
-    recipes: tuple[Recipe, ...] = (Float32(), BFloat16Table(), Int8Table())
+    recipes: tuple[Recipe, ...] = ((), (BFloat16Table(),), (Int8Table(),))
     budget: str = "ndcg@10>=0.99*teacher"
     objectives: tuple[str, ...] = ("ndcg@10", "p50_ms", "bytes")
     split: Split = field(default_factory=LeaveOneOut)
@@ -75,7 +76,11 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         if not self.recipes:
-            raise ConfigError("a sweep needs at least one recipe; known kinds: float32, bfloat16_table, int8_table")
+            raise ConfigError(
+                "a sweep needs at least one recipe, a list of steps: [] is the network as it was trained, "
+                "[{kind: int8_table}] the same with a smaller item table"
+            )
+            )
         names = [label(recipe) for recipe in self.recipes]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"recipe '{min(twice)}' is there twice; remove one")

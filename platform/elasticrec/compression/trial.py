@@ -1,6 +1,8 @@
 """A bundle, a data set and one recipe in; the compressed bundle, what it costs and what it is worth out. No Ray."""
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -8,8 +10,8 @@ import torch
 from elasticrec.artifact.bundle import Bundle, open_bundle, write_bundle
 from elasticrec.artifact.location import locate
 from elasticrec.compression.measure import Latency, MeasureConfig, measure, resident_bytes
-from elasticrec.compression.quantize import Recipe, compress, label
-from elasticrec.config import to_mapping
+from elasticrec.compression.recipe import Recipe, compress, described, label
+from elasticrec.compression.workbench import Workbench
 from elasticrec.data.sequences import Store, open_store
 from elasticrec.data.split import Split, SplitData, split
 from elasticrec.evaluation.ranking import EvaluationConfig, evaluate, histories, training_counts
@@ -36,7 +38,12 @@ def run_trial(recipe: Recipe, job: Job) -> Row:
     """Compresses, writes the bundle and measures it beside the teacher: the row of one trial, without a status."""
     parent, store = open_bundle(job.bundle, verify=False), open_store(job.store)
     cut = split(job.split, store.sequences)
-    teacher, network = parent.network(), compress(recipe, parent.network())
+    teacher = parent.network()
+    with tempfile.TemporaryDirectory(prefix="elasticrec-trial-") as scratch:
+        bench = Workbench(
+            teacher=teacher, store=store, split=job.split, evaluation=job.evaluation, scratch=Path(scratch)
+        )
+        network = compress(recipe, bench)
     quality = _quality(network, store, cut, job)
     bundle = write_bundle(
         locate(job.out) / label(recipe),
@@ -44,7 +51,7 @@ def run_trial(recipe: Recipe, job: Job) -> Row:
         parent.items(),
         name=parent.name,
         version=f"{parent.version}-{label(recipe)}",
-        recipe=to_mapping(recipe),
+        recipe=described(recipe),
         metrics=quality,
         content=parent.content(),
         lineage=dict(parent.manifest.lineage) | {"parent": parent.uri, "dataset": store.fingerprint},
