@@ -80,7 +80,6 @@ class SweepConfig:
                 "a sweep needs at least one recipe, a list of steps: [] is the network as it was trained, "
                 "[{kind: int8_table}] the same with a smaller item table"
             )
-            )
         names = [label(recipe) for recipe in self.recipes]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"recipe '{min(twice)}' is there twice; remove one")
