@@ -63,10 +63,15 @@ def _envelope(theme: str, rows: Sequence[dict[str, Any]], checks: Sequence[Check
         "commit": commit.stdout.strip(),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "command": shlex.join(["python", "-m", f"benchmarks.{theme}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{theme}", *map(_placeless, sys.argv[1:])]),
         "rows": list(rows),
         "checks": [asdict(check) for check in checks],
     }
+
+
+def _placeless(word: str) -> str:
+    """Without the folders of the machine that a path names."""
+    return Path(word).name if word.startswith("/") else word
 
 
 def _version(package: str) -> str:
