@@ -14,6 +14,7 @@ from elasticrec.config import from_mapping
 from elasticrec.data.sequences import open_store
 from elasticrec.errors import ElasticRecError
 from elasticrec.training import notice
+from elasticrec.training.allocator import keep_freed_memory
 from elasticrec.training.host import LocalHost, Preempted, gather
 from elasticrec.training.loop import Loop
 from elasticrec.training.run import RunConfig
@@ -44,6 +45,7 @@ def train_worker(config: dict[str, Any]) -> str | None:
     Returns the error of a run that cannot succeed however often it is tried, so that the driver raises it instead of
     Ray starting the workers again. All workers return it together: one that left alone would hang the others.
     """
+    keep_freed_memory()
     run = from_mapping(RunConfig, config)
     torch.set_num_threads(run.elastic.threads_per_worker)
     loop = _build(run)

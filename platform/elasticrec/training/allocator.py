@@ -1,0 +1,22 @@
+"""How this process keeps memory: glibc is told not to give freed blocks back to the system.
+
+Every step frees and takes again the same hundreds of megabytes. By default glibc returns blocks from 128 KB on, and each
+page is then mapped and zeroed anew.
+"""
+
+import ctypes
+import sys
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc refuses more
+_NEVER = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Call it before tensors are made. Returns whether the C library took it; others than glibc do as they do."""
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) and mallopt(_TRIM_THRESHOLD, _NEVER))
