@@ -5,6 +5,7 @@ peak of its memory is its own, and rounds over the cells take turns, so that noi
 validation NDCG@10 of the best epoch on a public data set, every loss with the same epochs and seeds.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -21,11 +22,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from benchmarks.result import Check, options, publish
+from benchmarks.quality.sets import open_sets
+from benchmarks.result import Check, publish
 from elasticrec.columns import COUNT, ITEM, ITEM_INDEX, USER, USER_INDEX
 from elasticrec.config import from_mapping, to_mapping
 from elasticrec.data.plan import PlanConfig
-from elasticrec.data.prepare import prepare_dataset
 from elasticrec.data.sequences import Sequences, Store, open_store, write_store
 from elasticrec.data.synthetic import SyntheticConfig, generate
 from elasticrec.model.encoder import EncoderConfig
@@ -42,6 +43,7 @@ SMALL, LARGE = 10_000, 1_000_000
 USERS, EVENTS_PER_USER = 6_400, 100.0
 LARGEST_RATIO = 1.3
 DATASET = "ml-latest-small"
+ROOT = Path(__file__).parents[1]
 
 
 class StoppingHost(LocalHost):
@@ -183,14 +185,25 @@ def train_best(run: RunConfig, seed: int) -> float:
 
 
 def main() -> None:
-    chosen = options(__doc__ or "")
+    chosen = _options()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         rows = speed(folder, rounds=1 if chosen.quick else 3, meetings=2 if chosen.quick else 4)
-        store = prepare_dataset(DATASET, folder / DATASET, say=lambda _: None)
-        rows += quality(store, folder, epochs=6 if chosen.quick else 30, seeds=1 if chosen.quick else 3)
+        (dataset,) = open_sets((DATASET,), chosen.stores or folder, chosen.data)
+        rows += quality(dataset.store, folder, epochs=6 if chosen.quick else 30, seeds=1 if chosen.quick else 3)
     publish("catalogue", rows, list(checks(rows)), chosen.json)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one short round and one seed")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--stores", type=Path, help=f"folder with a prepared store of {DATASET}")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="or with the files it is made of"
+    )
+    return parser.parse_args()
 
 
 def checks(rows: list[dict[str, Any]]) -> Iterator[Check]:

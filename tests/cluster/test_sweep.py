@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,9 +19,12 @@ import torch
 
 from elasticrec.artifact.bundle import open_bundle, verify_bundle, write_bundle
 from elasticrec.cli.local_cluster import LocalClusterConfig, local_cluster
+from elasticrec.compression.distil import Distil
+from elasticrec.compression.linears import Int8Linear
 from elasticrec.compression.measure import MeasureConfig
 from elasticrec.compression.quantize import BFloat16Table, Int8Table
-from elasticrec.compression.sweep import SweepConfig, SweepResult, calibrate, sweep
+from elasticrec.compression.space import Asha, Axis, Optuna, SweepConfig
+from elasticrec.compression.sweep import SweepResult, calibrate, sweep
 from elasticrec.data.sequences import Sequences, write_store
 from elasticrec.errors import BundleError, ConfigError
 from elasticrec.model.encoder import EncoderConfig
@@ -33,6 +38,31 @@ class Unknown:
     """A recipe that nothing compresses by: its trial raises."""
 
     kind: ClassVar[str] = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Broken:
+    """A step whose network scores NaN."""
+
+    kind: ClassVar[str] = "broken"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _broken, ()
+
+
+def _broken() -> "Broken":
+    """Registers the step where it is unpickled: in the trial's process."""
+    from elasticrec.compression.workbench import Workbench, apply
+
+    def broken(_step: Broken, network: Network, _bench: Workbench) -> Network:
+        other = Network(network.config, network.n_items)
+        other.load_state_dict(network.state_dict())
+        with torch.no_grad():
+            other.encoder.norm.weight.fill_(float("nan"))
+        return other.eval().requires_grad_(False)
+
+    apply.register(Broken, broken)
+    return Broken()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +102,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     network = Network(config, N_ITEMS)
     bundle = write_bundle(root / "teacher", network, items, name="films", version="1")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
-    recipes = ((), (Unknown(),), (BFloat16Table(),), (Deadly(driver=os.getpid()),), (Int8Table(),))
+    recipes = ((), (Unknown(),), (BFloat16Table(),), (Deadly(driver=os.getpid()),), (Broken(),), (Int8Table(),))
     told: list[tuple[str, str]] = []
     with local_cluster(LocalClusterConfig(num_cpus=2)) as cluster, pytest.MonkeyPatch.context() as patch:
         for key, value in cluster.env.items():
@@ -102,10 +132,14 @@ def _items() -> pa.Table:
     return pa.table(columns | {"count": [1] * N_ITEMS})
 
 
-def _store(path: Path, items: pa.Table) -> Path:
+def _store(path: Path, items: pa.Table, *, walks: bool = False) -> Path:
+    """Users that take items at random, or one after the other from some item on."""
     random = np.random.default_rng(0)
+    taken = [random.permutation(N_ITEMS)[:EVENTS] for _ in range(N_USERS)]
+    if walks:
+        taken = [(user * 7 + np.arange(EVENTS)) % N_ITEMS for user in range(N_USERS)]
     sequences = Sequences(
-        item_E=np.concatenate([random.permutation(N_ITEMS)[:EVENTS] + 1 for _ in range(N_USERS)]).astype(np.int32),
+        item_E=(np.concatenate(taken) + 1).astype(np.int32),
         offset_U1=np.arange(0, N_USERS * EVENTS + 1, EVENTS, dtype=np.int64),
     )
     users = pa.table({"user_index": range(N_USERS), "user_id": [str(u) for u in range(N_USERS)]})
@@ -122,12 +156,14 @@ def test_every_recipe_has_a_row_in_its_order(finished: Finished) -> None:
         ("unknown", "failed"),
         ("bfloat16_table", "done"),
         ("deadly", "failed"),
+        ("broken", "failed"),
         ("int8_table", "done"),
     ]
 
 
 def test_failures_say_why(finished: Finished) -> None:
-    unknown, deadly = (row for row in finished.result.rows if row["status"] == "failed")
+    unknown, deadly, broken = (row for row in finished.result.rows if row["status"] == "failed")
+    assert "NaN" in broken["reason"]
     assert "no way to compress by Unknown" in unknown["reason"]
     assert deadly["reason"].startswith("its process died")
     assert unknown["bundle"] is None
@@ -215,9 +251,87 @@ def test_progress_is_told_of_each_trial(finished: Finished) -> None:
     assert sorted(finished.told[1:]) == sorted((row["recipe"], row["status"]) for row in finished.result.rows)
 
 
-def test_a_folder_that_holds_something_is_refused(finished: Finished) -> None:
-    with pytest.raises(ConfigError, match="a folder of its own"):
+def test_a_folder_that_holds_something_is_refused(finished: Finished, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("not a sweep")
+    with pytest.raises(ConfigError, match=r"holds 'letter\.txt' already; give a sweep a folder of its own"):
+        sweep(SweepConfig(), finished.bundle, finished.store, tmp_path)
+    with pytest.raises(ConfigError, match="holds a sweep with another 'measure'"):
         sweep(SweepConfig(), finished.bundle, finished.store, finished.out)
+
+
+def test_the_frontier_is_a_file(finished: Finished) -> None:
+    best = pq.read_table(finished.out / "frontier.parquet").to_pylist()
+    assert [row["recipe"] for row in best] == [row["recipe"] for row in finished.result.rows if row["on_front"]]
+    assert 0 < len(best) <= 3
+
+
+def test_rows_hold_the_difference_to_the_teacher(finished: Finished) -> None:
+    rows, teacher = _rows(finished), finished.result.teacher
+    for prefix in ("", "validation_"):
+        assert rows["float32"][f"{prefix}ndcg@10_diff"] == 0
+        row = rows["int8_table"]
+        difference = row[f"{prefix}ndcg@10_diff"]
+        assert difference == pytest.approx(row[f"{prefix}ndcg@10"] - teacher[f"{prefix}ndcg@10"])
+        assert row[f"{prefix}ndcg@10_diff_low"] <= difference <= row[f"{prefix}ndcg@10_diff_high"]
+        assert row[f"{prefix}ndcg@10_loss"] == pytest.approx(-difference / teacher[f"{prefix}ndcg@10"])
+
+
+GO_ON = """
+import os, sys
+import ray
+from pathlib import Path
+from elasticrec.compression.distil import Distil
+from elasticrec.compression.linears import Int8Linear
+from elasticrec.compression.measure import MeasureConfig
+from elasticrec.compression.quantize import BFloat16Table, Int8Table
+from elasticrec.compression.space import Asha, Axis, Optuna, SweepConfig
+from elasticrec.compression.sweep import sweep
+bundle, store, out, die_after = sys.argv[1:]
+ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
+def progress(recipe, status):
+    print(recipe, status, flush=True)
+    if recipe == die_after:
+        os.kill(os.getpid(), 9)
+config = SweepConfig(
+    recipes=((), (BFloat16Table(),), (Int8Table(),)), measure=MeasureConfig(rounds=5, warmup_rounds=0)
+)
+sweep(config, bundle, store, out, progress=progress)
+"""
+
+
+def test_a_killed_sweep_goes_on_without_repeating_trials(finished: Finished, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def run(die_after: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", GO_ON, finished.bundle, str(finished.store), str(out), die_after]
+        env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+    assert run("bfloat16_table").returncode == -signal.SIGKILL
+    done = ("float32", "bfloat16_table")
+    before = {name: (out / name / "manifest.json").stat().st_mtime_ns for name in done}
+    assert not (out / "trials.json").exists()
+    (out / "bfloat16_table" / "weights.safetensors").write_bytes(b"torn")
+    second = run("")
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert (out / "float32" / "manifest.json").stat().st_mtime_ns == before["float32"]
+    assert (out / "bfloat16_table" / "manifest.json").stat().st_mtime_ns > before["bfloat16_table"]
+    verify_bundle(out / "bfloat16_table")
+    rows = json.loads((out / "trials.json").read_text())["trials"]
+    assert [(row["recipe"], row["status"]) for row in rows] == [(name, "done") for name in (*done, "int8_table")]
+
+
+def test_optuna_measures_each_combination_once(finished: Finished, tmp_path: Path) -> None:
+    table = Axis(name="table", choices=((), (Int8Table(),)))
+    linear = Axis(name="linear", choices=((), (Int8Linear(),)))
+    config = SweepConfig(
+        axes=(linear, table), search=Optuna(trials=6), measure=MeasureConfig(rounds=5, warmup_rounds=0)
+    )
+    result = sweep(config, finished.bundle, finished.store, tmp_path / "out")
+    names = [row["recipe"] for row in result.rows]
+    assert len(set(names)) == len(names) >= 2
+    assert set(names) <= {"float32", "int8_table", "int8_linear", "int8_linear+int8_table"}
+    assert all(row["status"] == "done" for row in result.rows)
 
 
 def test_a_missing_bundle_is_one_error_before_anything_runs(finished: Finished, tmp_path: Path) -> None:
@@ -241,13 +355,34 @@ def test_a_budget_on_something_unmeasured_does_not_wait_for_the_trials(finished:
     config = SweepConfig(budget="p90_ms<=5", measure=MeasureConfig(rounds=2, warmup_rounds=0))
     with pytest.raises(ConfigError, match="'p90_ms' was not measured; did you mean 'p99_ms'"):
         sweep(config, finished.bundle, finished.store, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())
 
 
 def test_recipes_are_distinct() -> None:
     with pytest.raises(ConfigError, match="'int8_table' is there twice"):
         SweepConfig(recipes=((Int8Table(),), (Int8Table(),)))
-    with pytest.raises(ConfigError, match="at least one recipe"):
-        SweepConfig(recipes=())
     with pytest.raises(ConfigError, match="cannot be read"):
         SweepConfig(budget="small")
+
+
+def test_training_that_lags_behind_is_stopped(finished: Finished, tmp_path: Path) -> None:
+    quick = Distil(width=8, epochs=4, start="scratch", soft_share=0.0, learning_rate=2e-2)
+    slow = replace(quick, learning_rate=1e-7)
+    told: list[tuple[str, str]] = []
+    store = _store(tmp_path / "walks", _items(), walks=True)
+    config = SweepConfig(
+        recipes=((quick,), (slow,)),
+        asha=Asha(grace_epochs=2, reduction=2),
+        measure=MeasureConfig(rounds=5, warmup_rounds=0),
+    )
+    result = sweep(
+        config,
+        finished.bundle,
+        store,
+        tmp_path / "out",
+        progress=lambda recipe, status: told.append((recipe, status)),
+    )
+    first, second = result.rows
+    assert (first["status"], second["status"]) == ("done", "stopped")
+    assert "ended at epoch 2" in second["reason"]
+    assert [status for _, status in told] == ["done", "done", "stopped"]

@@ -15,7 +15,8 @@ from elasticrec.artifact.bundle import open_bundle, write_bundle
 from elasticrec.artifact.items import check_same_items, translation
 from elasticrec.cli.main import explain, run
 from elasticrec.cli.options import parse
-from elasticrec.compression.sweep import SweepConfig, sweep
+from elasticrec.compression.space import SweepConfig
+from elasticrec.compression.sweep import sweep
 from elasticrec.data.sequences import Sequences, Store, open_store, write_store
 from elasticrec.errors import ConfigError, InputError
 from elasticrec.evaluation.ranking import EvaluationConfig

@@ -12,21 +12,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elasticrec.artifact.bundle import open_bundle, write_bundle
+from elasticrec.compression.factorise import LowRankTable
+from elasticrec.compression.linears import Int8Linear
 from elasticrec.compression.measure import MeasureConfig, measure, resident_bytes
-from elasticrec.compression.quantize import BFloat16Table, Int8Table, int8_rows
+from elasticrec.compression.quantize import BFloat16Table, Int4Table, Int8Table, PQTable, int8_rows
 from elasticrec.compression.recipe import Recipe, described, label
 from elasticrec.compression.workbench import apply
 from elasticrec.errors import ConfigError
-from elasticrec.model import quantized
+from elasticrec.model import integers
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.history import History
+from elasticrec.model.int4 import packed
 from elasticrec.model.network import Network, NetworkConfig
-from elasticrec.model.quantized import FloatTable, make_table
+from elasticrec.model.quantized import FloatTable
 from elasticrec.model.quantized import Int8Table as Int8Rows
+from elasticrec.model.tables import make_table
 
 N_ITEMS = 500
-RECIPES: list[Recipe] = [(), (BFloat16Table(),), (Int8Table(),)]
+INT4, PQ = Int4Table(keep="rows"), PQTable(iterations=2)
+RECIPES: list[Recipe] = [
+    (),
+    (BFloat16Table(),),
+    (Int8Table(),),
+    (INT4,),
+    (PQ,),
+    (LowRankTable(rank=16, keep="rows"),),
+    (LowRankTable(rank=16, keep="rows"), Int8Table()),
+    (Int8Linear(),),
+    (Int8Linear(activations="none"), INT4),
+]
 LARGEST_COSINE_ERROR = {"float32": 1e-6, "bfloat16_table": 4e-3, "int8_table": 1.5e-2}
+NEAR: list[Recipe] = [(), (BFloat16Table(),), (Int8Table(),)]
 
 
 def compress(recipe: Recipe, network: Network) -> Network:
@@ -53,13 +69,13 @@ SCORE_ELSEWHERE = """
 import sys, torch
 from elasticrec.artifact.bundle import open_bundle
 from elasticrec.model.history import History
-torch.save(open_bundle(sys.argv[1]).network().scores(History(torch.load(sys.argv[2]))), sys.argv[3])
+history = History(torch.load("history.pt"))
+for folder in sys.argv[1:]:
+    torch.save(open_bundle(folder).network().scores(history), folder + ".pt")
 """
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=label)
-def test_compress_save_load_elsewhere_scores_the_same(recipe: Recipe, tmp_path: Path, history_BT: Tensor) -> None:
-    network = compress(recipe, _network())
+def test_compress_save_load_elsewhere_scores_the_same(tmp_path: Path, history_BT: Tensor) -> None:
     ids = [str(i) for i in range(N_ITEMS)]
     items = pa.table(
         {
@@ -70,16 +86,19 @@ def test_compress_save_load_elsewhere_scores_the_same(recipe: Recipe, tmp_path: 
             "count": [1] * N_ITEMS,
         }
     )
-    write_bundle(tmp_path / "b", network, items, name="m", version="1", recipe=described(recipe))
+    networks = {label(recipe): compress(recipe, _network()) for recipe in RECIPES}
+    for recipe in RECIPES:
+        name = label(recipe)
+        write_bundle(tmp_path / name, networks[name], items, name="m", version="1", recipe=described(recipe))
+        assert open_bundle(tmp_path / name).manifest.recipe == described(recipe)
     torch.save(history_BT, tmp_path / "history.pt")
-    command = [sys.executable, "-c", SCORE_ELSEWHERE, "b", "history.pt", "scores.pt"]
-    subprocess.run(command, check=True, timeout=120, cwd=tmp_path)
-    assert torch.equal(torch.load(tmp_path / "scores.pt"), network.scores(History(history_BT)))
-    assert open_bundle(tmp_path / "b").manifest.recipe == described(recipe)
+    subprocess.run([sys.executable, "-c", SCORE_ELSEWHERE, *networks], check=True, timeout=120, cwd=tmp_path)
+    for name, network in networks.items():
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), network.scores(History(history_BT))), name
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=label)
-@pytest.mark.parametrize("width", [2, 10, 64, 100])
+@pytest.mark.parametrize("recipe", NEAR, ids=label)
+@pytest.mark.parametrize("width", [2, 10, 64, 100, 128])
 def test_scores_stay_near_the_teachers(recipe: Recipe, width: int, history_BT: Tensor) -> None:
     teacher = _network(width)
     score_BI = compress(recipe, teacher).scores(History(history_BT))[:, 1:]
@@ -90,12 +109,12 @@ def test_scores_stay_near_the_teachers(recipe: Recipe, width: int, history_BT: T
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
 def test_cosine_is_the_query_times_the_directions(
     precision: str, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over more rows than one chunk, on a CPU with and without int8 products."""
-    monkeypatch.setattr(quantized, "_multiplies_int8", lambda _: native)
+    monkeypatch.setattr(integers, "multiplies_int8", lambda _: native)
     generator = torch.Generator().manual_seed(3)
     row_ID = torch.randn(9001, 48, generator=generator)
     row_ID[0] = 0
@@ -104,12 +123,13 @@ def test_cosine_is_the_query_times_the_directions(
         "float32": {"weight_ID": row_ID},
         "bfloat16": {"weight_ID": row_ID.bfloat16()},
         "int8": {"weight_ID": weight_ID, "scale_I": scale_I},
+        "int4": {"packed_HD": packed(weight_ID // 16), "scale_I": scale_I.bfloat16()},
     }
     table = make_table(precision, 9001, 48).requires_grad_(False)
     table.load_state_dict(states[precision])
     query_BD = F.normalize(torch.randn(5, 48, generator=generator), dim=-1)
     want_BI = query_BD @ table.directions().t()
-    allowed = 5e-3 if native and precision == "int8" else 1e-6
+    allowed = 5e-3 if native and precision in ("int8", "int4") else 1e-6
     assert (table.cosine(query_BD) - want_BI).abs().max() < allowed
     assert (table.cosine(20 * query_BD) - 20 * want_BI).abs().max() < 25 * allowed
     assert table.cosine(query_BD)[:, 0].abs().max() == 0
@@ -142,7 +162,9 @@ def test_int8_rows_are_off_by_at_most_half_a_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "share"), [((BFloat16Table(),), 0.53), ((Int8Table(),), 0.30)], ids=["bf16", "int8"]
+    ("recipe", "share"),
+    [((BFloat16Table(),), 0.53), ((Int8Table(),), 0.30), ((INT4,), 0.15)],
+    ids=["bf16", "int8", "int4"],
 )
 def test_tables_are_smaller_on_disk_and_in_memory_also_after_use(
     recipe: Recipe, share: float, history_BT: Tensor
@@ -169,10 +191,16 @@ def test_the_teacher_stays_as_it_is(history_BT: Tensor) -> None:
 def test_compressing_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"in int8 already.*lineage\.parent"):
         compress((Int8Table(), BFloat16Table()), _network())
+    with pytest.raises(ConfigError, match=r"int8_weights already"):
+        compress((Int8Linear(activations="none"), Int8Linear()), _network())
+    with pytest.raises(ConfigError, match=r"rank 64; factorise once, before the table is rounded"):
+        compress((Int8Table(), LowRankTable(keep="rows")), _network())
+    with pytest.raises(ConfigError, match=r"rank 65 is above the network's width 64"):
+        compress((LowRankTable(rank=65, keep="rows"),), _network())
 
 
 def test_an_unknown_recipe_names_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"no way to compress by str; known: bfloat16_table, int8_table"):
+    with pytest.raises(ConfigError, match=r"no way to compress by str; known: .*bfloat16_table, .*int4_table"):
         compress(("int8",), _network())  # type: ignore[arg-type]
 
 

@@ -40,12 +40,13 @@ def sweep_here(bundle: str, data: Path, out: Path, *, space: Path | None = None,
     """Runs the sweep on the cluster this process is connected to. Returns a `SweepResult`."""
     import dataclasses
 
-    from elasticrec.compression.sweep import SweepConfig, sweep
+    from elasticrec.compression.space import SweepConfig
+    from elasticrec.compression.sweep import sweep
     from elasticrec.config import load
 
     config = load(SweepConfig, space) if space else SweepConfig()
     config = dataclasses.replace(config, budget=budget) if budget else config
-    with bar("compressing", total=len(config.recipes) + 1) as progress:
+    with bar("compressing", total=config.trials + 1) as progress:
         return sweep(config, bundle, data, out, progress=lambda name, status: _advance(progress, name, status))
 
 

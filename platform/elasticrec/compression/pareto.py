@@ -84,6 +84,12 @@ def parse_budget(text: str) -> tuple[Constraint, ...]:
     return tuple(_constraint(part) for part in text.split(",") if part.strip())
 
 
+def direction(metric: str) -> Direction:
+    """Whether more of a metric is better (quality, speed), or less (size, time, loss against the teacher)."""
+    better = "@" in metric and not metric.endswith("_loss")
+    return "max" if better or metric.startswith(("users_per_s", "speedup")) else "min"
+
+
 def front(trials: Sequence[Trial], objectives: Mapping[str, Direction]) -> list[Trial]:
     """The trials that no other one beats: none is as good in every objective and better in one. Order is kept.
 

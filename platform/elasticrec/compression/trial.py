@@ -1,25 +1,32 @@
 """A bundle, a data set and one recipe in; the compressed bundle, what it costs and what it is worth out. No Ray."""
 
+import contextlib
+import math
+import shutil
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
 from elasticrec.artifact.bundle import Bundle, open_bundle, write_bundle
-from elasticrec.artifact.location import locate
+from elasticrec.artifact.location import Location, locate
 from elasticrec.compression.measure import Latency, MeasureConfig, measure, resident_bytes
+from elasticrec.compression.paired import paired
 from elasticrec.compression.recipe import Recipe, compress, described, label
+from elasticrec.compression.record import Ranks, Row, folder_name, read_teacher_ranks
 from elasticrec.compression.workbench import Workbench
 from elasticrec.data.sequences import Store, open_store
 from elasticrec.data.split import Split, SplitData, split
-from elasticrec.evaluation.ranking import EvaluationConfig, evaluate, histories, training_counts
+from elasticrec.errors import ElasticRecError
+from elasticrec.evaluation.ranking import EvaluationConfig, histories, rank, summarize, training_counts
 from elasticrec.model.network import Network
 
 VALIDATION: Final = "validation_"  # prefix of validation metrics; test metrics have none
 
-Row = dict[str, Any]
+Report = Callable[[Mapping[str, float]], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,52 +39,104 @@ class Job:
     split: Split
     measure: MeasureConfig
     evaluation: EvaluationConfig
+    seed: int = 0
+    device: str = "cpu"  # of steps that train
+
+    @property
+    def folder(self) -> Location:
+        return locate(self.out)
 
 
-def run_trial(recipe: Recipe, job: Job) -> Row:
-    """Compresses, writes the bundle and measures it beside the teacher: the row of one trial, without a status."""
+def run_trial(recipe: Recipe, job: Job, report: Report = lambda _: None) -> Row:
+    """Compresses, writes the bundle and measures it beside the teacher: the row of one trial, without a status.
+
+    Raises:
+        ElasticRecError: a step does not fit, or the network's scores are no numbers.
+    """
     parent, store = open_bundle(job.bundle, verify=False), open_store(job.store)
     cut = split(job.split, store.sequences)
-    teacher = parent.network()
-    with tempfile.TemporaryDirectory(prefix="elasticrec-trial-") as scratch:
-        bench = Workbench(
-            teacher=teacher, store=store, split=job.split, evaluation=job.evaluation, scratch=Path(scratch)
-        )
-        network = compress(recipe, bench)
-    quality = _quality(network, store, cut, job)
+    network = _compressed(recipe, parent, store, job, report)
+    metrics, ranks = quality(network, store, cut, job)
+    metrics |= _differences(ranks, read_teacher_ranks(job.folder), job.evaluation)
     bundle = write_bundle(
-        locate(job.out) / label(recipe),
+        job.folder / folder_name(recipe),
         network,
         parent.items(),
         name=parent.name,
         version=f"{parent.version}-{label(recipe)}",
         recipe=described(recipe),
-        metrics=quality,
+        metrics=metrics,
         content=parent.content(),
         lineage=dict(parent.manifest.lineage) | {"parent": parent.uri, "dataset": store.fingerprint},
     )
     # What was written is measured, as serving will load it.
-    return quality | _sizes(bundle) | _times(teacher, bundle.network(), store, cut, job) | {"bundle": bundle.uri}
+    row = metrics | _sizes(bundle) | _times(parent.network(), bundle.network(), store, cut, job)
+    return _checked(row) | {"bundle": bundle.uri}
 
 
-def teacher_metrics(job: Job) -> dict[str, float]:
+def _compressed(recipe: Recipe, parent: Bundle, store: Store, job: Job, report: Report) -> Network:
+    with _scratch(job.folder, recipe) as scratch:
+        bench = Workbench(
+            teacher=parent.network(),
+            store=store,
+            split=job.split,
+            evaluation=job.evaluation,
+            scratch=scratch,
+            seed=job.seed,
+            device=job.device,
+            report=report,
+        )
+        return compress(recipe, bench)
+
+
+@contextlib.contextmanager
+def _scratch(out: Location, recipe: Recipe) -> Iterator[Path]:
+    """A folder to train in: on a local disk in the sweep's, where a trial that was cut off goes on; else anywhere."""
+    if not out.is_local:
+        with tempfile.TemporaryDirectory(prefix="elasticrec-trial-") as elsewhere:
+            yield Path(elsewhere)
+        return
+    place = Path(out.path) / f".{folder_name(recipe)}.work"
+    place.mkdir(parents=True, exist_ok=True)
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def teacher_metrics(job: Job) -> tuple[dict[str, float], Ranks]:
     """The same numbers of the bundle that the sweep starts from; its latency is measured beside a copy of itself."""
     parent, store = open_bundle(job.bundle, verify=False), open_store(job.store)
     cut = split(job.split, store.sequences)
     times = _times(parent.network(), parent.network(), store, cut, job)
-    return _quality(parent.network(), store, cut, job) | _sizes(parent) | times
+    metrics, ranks = quality(parent.network(), store, cut, job)
+    return _checked(metrics | _sizes(parent) | times), ranks
 
 
-def _quality(network: Network, store: Store, cut: SplitData, job: Job) -> dict[str, float]:
-    """Test metrics under their names, with `_se` for the standard error; validation metrics with a prefix."""
+def quality(network: Network, store: Store, cut: SplitData, job: Job) -> tuple[dict[str, float], Ranks]:
+    """Test metrics by name, with `_se` for the standard error, validation metrics with a prefix; and all ranks."""
     count_I = training_counts(store.sequences, cut, store.n_items)
     length = network.config.encoder.max_length
     metrics: dict[str, float] = {}
-    for prefix, cases in (("", cut.test), (VALIDATION, cut.validation)):
-        report = evaluate(network, store.sequences, cases, job.evaluation, max_length=length, count_I=count_I)
-        metrics |= {f"{prefix}{name}": value for name, value in report.metrics.items()}
-        metrics |= {f"{prefix}{name}_se": value for name, value in report.standard_errors.items()}
-    return metrics
+    ranks: Ranks = {}
+    for name, prefix, cases in (("test", "", cut.test), ("validation", VALIDATION, cut.validation)):
+        ranking = rank(network, store.sequences, cases, job.evaluation, max_length=length)
+        report = summarize(ranking, job.evaluation, count_I)
+        ranks[name] = ranking.rank_C
+        metrics |= {f"{prefix}{metric}": value for metric, value in report.metrics.items()}
+        metrics |= {f"{prefix}{metric}_se": value for metric, value in report.standard_errors.items()}
+    return metrics, ranks
+
+
+def _differences(own: Ranks, teacher: Ranks, config: EvaluationConfig) -> dict[str, float]:
+    found = paired(own["test"], teacher["test"], config)
+    validation = paired(own["validation"], teacher["validation"], config)
+    return found | {f"{VALIDATION}{name}": value for name, value in validation.items()}
+
+
+def _checked(row: dict[str, float]) -> Row:
+    broken = sorted(name for name, value in row.items() if not math.isfinite(value))
+    if broken:
+        raise ElasticRecError(f"{broken[0]} is {row[broken[0]]}; the network gives no numbers that can be compared")
+    return dict(row)
 
 
 def _sizes(bundle: Bundle) -> dict[str, float]:

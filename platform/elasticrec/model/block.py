@@ -1,6 +1,7 @@
 """One residual block: gated causal attention, then a gated feed-forward layer.
 
-# M tokens, B users, L positions of the grid, D width, N heads, H = D / N head width, F feed-forward width
+# M tokens, B users, L positions of the grid, D width, N heads, H head width (D / N unless told), A = N * H,
+# F feed-forward width
 """
 
 from dataclasses import dataclass
@@ -23,20 +24,38 @@ class BlockConfig:
     expansion: float = 2.0  # F / D
     residual_gates: bool = False  # LiGR sigmoid gates on both residuals (arXiv 2502.03417)
     attention: Literal["sdpa", "flex"] = "sdpa"  # flex: FlexAttention on a GPU; elsewhere sdpa computes the same
+    head_width: int | None = None  # H, where pruning left fewer heads than D / H
+    hidden: int | None = None  # F, in place of expansion, where pruning left fewer channels
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.expansion <= 0:
             raise ConfigError(f"block needs heads >= 1 and expansion > 0, got {self.heads} and {self.expansion}")
+        if min(1 if part is None else part for part in (self.head_width, self.hidden)) < 1:
+            raise ConfigError(f"block needs head_width and hidden >= 1, got {self.head_width} and {self.hidden}")
+
+    def head_size(self, width: int) -> int:
+        """H in a network of a width D.
+
+        Raises:
+            ConfigError: the width does not divide over the heads.
+        """
+        if self.head_width is None:
+            check_heads(width, self.heads)
+        return self.head_width or width // self.heads
+
+    def channels(self, width: int) -> int:
+        """F in a network of a width D."""
+        return self.hidden or int(width * self.expansion)
 
 
 def split_heads(x_BLX: Tensor, heads: int, parts: int) -> list[Tensor]:
-    """(B, L, parts * D) as `parts` views (B, N, L, H)."""
+    """(B, L, parts * A) as `parts` views (B, N, L, H)."""
     batch, length, _ = x_BLX.shape
     return [part.view(batch, length, heads, -1).transpose(1, 2) for part in x_BLX.chunk(parts, dim=-1)]
 
 
 def merge_heads(x_BNLH: Tensor) -> Tensor:
-    """(B, N, L, H) as (B, L, D)."""
+    """(B, N, L, H) as (B, L, A)."""
     return x_BNLH.transpose(1, 2).flatten(2)
 
 
@@ -49,23 +68,20 @@ def check_heads(width: int, heads: int) -> None:
 class GatedAttention(nn.Module):
     """W_o (LN(softmax(q k / sqrt(H) + bias) v) * silu(u))."""
 
-    def __init__(
-        self, width: int, heads: int, max_length: int, time: TimeGaps | None = None, *, flex: bool = False
-    ) -> None:
+    def __init__(self, config: BlockConfig, width: int, max_length: int, time: TimeGaps | None = None) -> None:
         super().__init__()
-        self.heads = heads
-        self.flex = flex
-        self.project = nn.Linear(width, 4 * width, bias=False)
-        self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, width, bias=False)
-        self.bias = RelativeBias(heads, max_length, time)
+        self.heads, self.inner = config.heads, config.heads * config.head_size(width)
+        self.flex = config.attention == "flex"
+        self.project = nn.Linear(width, 4 * self.inner, bias=False)
+        self.norm = nn.LayerNorm(self.inner)
+        self.out = nn.Linear(self.inner, width, bias=False)
+        self.bias = RelativeBias(config.heads, max_length, time)
 
     def forward(self, x_MD: Tensor, scene: Scene) -> Tensor:
-        width = x_MD.shape[-1]
-        qkv_M3D, u_MD = self.project(x_MD).split([3 * width, width], dim=-1)
-        q_BNLH, k_BNLH, v_BNLH = split_heads(scene.layout.grid(qkv_M3D), self.heads, 3)
-        a_MD = scene.layout.gather(merge_heads(self._attend(q_BNLH, k_BNLH, v_BNLH, scene)))
-        return self.out(self.norm(a_MD) * F.silu(u_MD))  # type: ignore[no-any-return]
+        qkv_M3A, u_MA = self.project(x_MD).split([3 * self.inner, self.inner], dim=-1)
+        q_BNLH, k_BNLH, v_BNLH = split_heads(scene.layout.grid(qkv_M3A), self.heads, 3)
+        a_MA = scene.layout.gather(merge_heads(self._attend(q_BNLH, k_BNLH, v_BNLH, scene)))
+        return self.out(self.norm(a_MA) * F.silu(u_MA))  # type: ignore[no-any-return]
 
     def _attend(self, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, scene: Scene) -> Tensor:
         if not (self.flex and q_BNLH.is_cuda):
@@ -95,11 +111,10 @@ class Block(nn.Module):
         self, config: BlockConfig, width: int, max_length: int, dropout: float, time: TimeGaps | None = None
     ) -> None:
         super().__init__()
-        check_heads(width, config.heads)
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = GatedAttention(width, config.heads, max_length, time, flex=config.attention == "flex")
+        self.attention = GatedAttention(config, width, max_length, time)
         self.feed_forward_norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, int(width * config.expansion))
+        self.feed_forward = FeedForward(width, config.channels(width))
         self.attention_gate = nn.Linear(width, width) if config.residual_gates else None
         self.feed_forward_gate = nn.Linear(width, width) if config.residual_gates else None
         self.dropout = nn.Dropout(dropout)

@@ -36,14 +36,23 @@ class EncoderConfig:
     time: TimeGaps | None = None
     rating: RatingInput | None = None
     event: EventInput | None = None
+    each: tuple[AnyBlock, ...] = ()  # the blocks one by one in place of `block`, where pruning left them different
     packed: bool = True  # no padding among the tokens; false: shapes of B and T alone, for torch.compile
 
     def __post_init__(self) -> None:
         check_sizes(self.width, self.blocks, self.max_length, self.dropout)
-        if self.width % self.block.heads:
-            raise ConfigError(
-                f"width {self.width} does not divide over {self.block.heads} heads; change width or block.heads"
-            )
+        if self.each and len(self.each) != self.blocks:
+            raise ConfigError(f"blocks is {self.blocks} and each tells of {len(self.each)}; give as many, or no each")
+        for block in self.every_block:
+            if not (isinstance(block, BlockConfig) and block.head_width) and self.width % block.heads:
+                raise ConfigError(
+                    f"width {self.width} does not divide over {block.heads} heads; change width or block.heads"
+                )
+
+    @property
+    def every_block(self) -> tuple[AnyBlock, ...]:
+        """The config of each block, in order."""
+        return self.each or (self.block,) * self.blocks
 
     @property
     def inputs(self) -> Inputs:
@@ -82,8 +91,8 @@ class Encoder(nn.Module):
         self.event = EventEmbedding(config.event, config.width) if config.event else None
         self.input_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            make_block(config.block, config.width, config.max_length, config.dropout, config.time)
-            for _ in range(config.blocks)
+            make_block(block, config.width, config.max_length, config.dropout, config.time)
+            for block in config.every_block
         )
         self.norm = nn.LayerNorm(config.width)
 

@@ -108,9 +108,13 @@ class SummedLoss(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """A batch in, its loss summed over non-padding positions out; a scalar."""
         if self.products == torch.float32:
-            return summed_loss(self.config, self.network, self.hidden(batch.history), batch)
+            return self.summed(self.hidden(batch.history), batch)
         with torch.autocast(batch.target_BT.device.type, self.products):
-            return summed_loss(self.config, self.network, self.hidden(batch.history).float(), batch)
+            return self.summed(self.hidden(batch.history).float(), batch)
+
+    def summed(self, h_BTD: Tensor, batch: Batch) -> Tensor:
+        """The loss of hidden vectors of the network; what needs more than the network overrides it."""
+        return summed_loss(self.config, self.network, h_BTD, batch)
 
     def step_rows(self) -> Tensor | None:
         """The leaf (U, D) that takes the item table's place in this step, where only some rows train.
@@ -194,7 +198,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 query_mD, target_m1 = query_MD[pick], target_M[pick, None]
                 logits_mI = _product(query_mD, item_ID.t())
                 if seen is not None:
-                    _mask(logits_mI, target_m1, seen.of(pick) - 1)
+                    mask(logits_mI, target_m1, seen.of(pick) - 1)
                 loss_chunk, grad_mI = softmax(logits_mI, target_m1, products)
                 loss += loss_chunk
                 query_grad_MD[pick] = _product(grad_mI, item_ID)
@@ -211,7 +215,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return query_grad_MD * grads[0], item_grad_ID * grads[0], None, None, None
 
 
-def _mask(logits_mI: Tensor, target_m1: Tensor, seen_mT: Tensor) -> None:
+def mask(logits_mI: Tensor, target_m1: Tensor, seen_mT: Tensor) -> None:
     """Takes what has been seen out of the softmax, in place; the target stays."""
     picked_m1 = logits_mI.gather(1, target_m1)
     logits_mI.scatter_(1, seen_mT, float("-inf")).scatter_(1, target_m1, picked_m1)

@@ -13,8 +13,10 @@ from elasticrec.errors import ConfigError
 from elasticrec.model.encoder import Encoder, EncoderConfig
 from elasticrec.model.head import AnyHead, HeadConfig, make_head
 from elasticrec.model.history import History
+from elasticrec.model.linear import LinearPrecision, set_linears
 from elasticrec.model.mean import MeanEncoder, MeanEncoderConfig
-from elasticrec.model.quantized import ItemTable, Precision, make_table
+from elasticrec.model.quantized import ItemTable
+from elasticrec.model.tables import Precision, make_table
 
 AnyEncoder = EncoderConfig | MeanEncoderConfig
 
@@ -26,6 +28,13 @@ class NetworkConfig:
     encoder: AnyEncoder = field(default_factory=EncoderConfig)
     head: AnyHead = field(default_factory=HeadConfig)
     table: Precision = "float32"
+    table_rank: int | None = None  # the table is the product of two factors; `table` is that of the left one
+    linear: LinearPrecision = "float32"  # of the encoder's layers
+
+    @property
+    def trainable(self) -> bool:
+        """All of it as training needs it: nothing rounded, no factors."""
+        return self.table == self.linear == "float32" and self.table_rank is None
 
 
 class Network(nn.Module):
@@ -35,13 +44,19 @@ class Network(nn.Module):
         super().__init__()
         self.config = config
         self.n_items = n_items
-        table = make_table(config.table, n_items + 1, config.encoder.width)
+        table = make_table(config.table, n_items + 1, config.encoder.width, config.table_rank)
         self.encoder = make_encoder(config.encoder, table)
+        set_linears(self.encoder, config.linear)
         self.head = make_head(config.head, config.encoder.width)
 
     def forward(self, history: History) -> Tensor:
         """Right-aligned histories -> float (B, T, D) hidden vectors."""
         return self.encoder(history)  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are; a network in int8 may have no parameters."""
+        return self.encoder.items.stored.device
 
     def keys(self, index: Tensor | None = None) -> Tensor:
         """What `head.query(h)` is multiplied with: float (I, D) for the whole table, or (..., D) for some items."""
@@ -51,7 +66,7 @@ class Network(nn.Module):
     @torch.inference_mode()
     def scores(self, history: History) -> Tensor:
         """Scores of the next item for each history: float32 (B, I); index 0 is -inf."""
-        h_BD = self.encoder(history.to(next(self.parameters()).device))[:, -1]
+        h_BD = self.encoder(history.to(self.device))[:, -1]
         score_BI: Tensor = self.head(h_BD, self.encoder.items).float()
         score_BI[:, PAD] = float("-inf")
         return score_BI

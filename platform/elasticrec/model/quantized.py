@@ -1,25 +1,22 @@
-"""Item tables as training and serving hold them: float32, bfloat16, or int8 with one scale a row.
+"""Item tables as training and serving hold them, and the simplest of them: float32, bfloat16, int8 a row.
 
 # I items + 1 (row 0 pads and is zero), D width, B queries; index tensors have any shape
 
-Making a smaller table from a larger one is `compression.quantize`; this module only holds and reads them. No table
-keeps a float copy of its rows: what is cached is one float a row, the inverse of its length.
+Making a smaller table from a larger one is `compression.quantize`; here they are only held and read. No table keeps a
+float copy of its rows: what is cached is one float a row, the inverse of its length.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elasticrec.errors import ConfigError
-
-Precision = Literal["float32", "bfloat16", "int8"]
+from elasticrec.model import integers
 
 _CHUNK_ROWS = 4096  # of width 64 to 256 as float32: 1 to 4 MB, about a core's cache
 _SMALLEST_LENGTH = 1e-12  # as in F.normalize, for the padding row
-_LARGEST_INT8 = 127
 
 
 class Focus(NamedTuple):
@@ -46,7 +43,17 @@ class ItemTable(nn.Module):
 
     def rows(self) -> Tensor:
         """Vectors of all items: float32 (I, D)."""
-        return self.weight_ID.float()
+        return torch.cat([rows_ID.float() for rows_ID in self.chunks()])
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Some rows after the other, as stored: up to a factor for each, which `cosine` may leave out."""
+        for begin in range(0, len(self.stored), _CHUNK_ROWS):
+            yield self.stored[begin : begin + _CHUNK_ROWS]
+
+    @property
+    def stored(self) -> Tensor:
+        """The tensor that holds the rows, in whatever form: when it changes, so do the rows."""
+        return self.weight_ID
 
     def directions(self) -> Tensor:
         """All rows scaled to length one: float32 (I, D)."""
@@ -58,7 +65,7 @@ class ItemTable(nn.Module):
 
     def cosine(self, query_BD: Tensor) -> Tensor:
         """Product of each query and the direction of each row: float32 (B, I); the cosine of queries of length one."""
-        if torch.is_grad_enabled() and (self.weight_ID.requires_grad or query_BD.requires_grad):
+        if torch.is_grad_enabled() and (self.stored.requires_grad or query_BD.requires_grad):
             return query_BD @ self.directions().t()
         return self._products(query_BD).mul_(self._inverse_lengths())
 
@@ -68,24 +75,20 @@ class ItemTable(nn.Module):
 
     def _products(self, query_BD: Tensor) -> Tensor:
         """Query times row, both as stored up to a factor that the row's length has too: float32 (B, I)."""
-        return torch.cat([query_BD @ rows_ID.float().t() for rows_ID in self._chunks()], dim=1)
-
-    def _chunks(self) -> Iterator[Tensor]:
-        for begin in range(0, self.weight_ID.shape[0], _CHUNK_ROWS):
-            yield self.weight_ID[begin : begin + _CHUNK_ROWS]
+        return torch.cat([query_BD @ rows_ID.float().t() for rows_ID in self.chunks()], dim=1)
 
     def _inverse_lengths(self) -> Tensor:
         """1 / length of each row as stored: float32 (I,). Kept until the rows change."""
-        if self.weight_ID.requires_grad or self.weight_ID.is_inference():
+        if self.stored.requires_grad or self.stored.is_inference():
             return self._compute_inverse_lengths()  # an optimizer may change rows, inference tensors count no changes
-        state = (self.weight_ID.data_ptr(), self.weight_ID._version)
+        state = (self.stored.data_ptr(), self.stored._version)
         if self._lengths is None or self._lengths[0] != state:
             self._lengths = (state, self._compute_inverse_lengths())
         return self._lengths[1]
 
     @torch.no_grad()
     def _compute_inverse_lengths(self) -> Tensor:
-        length_I = torch.cat([torch.linalg.vector_norm(rows_ID.float(), dim=-1) for rows_ID in self._chunks()])
+        length_I = torch.cat([torch.linalg.vector_norm(rows_ID.float(), dim=-1) for rows_ID in self.chunks()])
         return length_I.clamp_(min=_SMALLEST_LENGTH).reciprocal_()
 
 
@@ -124,50 +127,56 @@ class BFloat16Table(ItemTable):
         return F.embedding(index, self.weight_ID).float()
 
 
-class Int8Table(ItemTable):
-    """int8 rows with one float32 scale each: about a quarter of the bytes.
+class IntegerTable(ItemTable):
+    """Rows of int8, in whatever form they are stored, times one scale each.
 
     Where the CPU multiplies int8 natively, the query is rounded to int8 too and products are exact integers: they do
     not depend on the size of the batch, and take a quarter of float32's time at 100,000 rows.
     """
 
-    def __init__(self, rows: int, width: int) -> None:
+    def __init__(self, rows: int, width: int, scale: torch.dtype = torch.bfloat16) -> None:
         super().__init__(width)
-        self.register_buffer("weight_ID", torch.zeros(rows, width, dtype=torch.int8))
-        self.register_buffer("scale_I", torch.zeros(rows))
+        self.register_buffer("scale_I", torch.zeros(rows, dtype=scale))
+
+    def __len__(self) -> int:
+        return len(self.get_buffer("scale_I"))
+
+    def integers(self, index: Tensor) -> Tensor:
+        """Rows of the indexed items without their scale: int8 (..., D)."""
+        raise NotImplementedError
 
     def forward(self, index: Tensor) -> Tensor:
-        return F.embedding(index, self.weight_ID).float() * self.get_buffer("scale_I")[index].unsqueeze(-1)
+        return self.integers(index).float() * self.get_buffer("scale_I")[index].float().unsqueeze(-1)
 
     def rows(self) -> Tensor:
-        return self.weight_ID.float() * self.get_buffer("scale_I").unsqueeze(-1)
+        return super().rows()[:, : self.width] * self.get_buffer("scale_I").float().unsqueeze(-1)
 
     def dot(self, query_BD: Tensor) -> Tensor:
-        return self._products(query_BD) * self.get_buffer("scale_I")
+        return self._products(query_BD).mul_(self.get_buffer("scale_I"))
 
     def _products(self, query_BD: Tensor) -> Tensor:
-        if not _multiplies_int8(query_BD):
+        if not integers.multiplies_int8(query_BD):
             return super()._products(query_BD)
-        step_B1 = query_BD.abs().amax(dim=1, keepdim=True).clamp_(min=_SMALLEST_LENGTH) / _LARGEST_INT8
-        integer_BD = (query_BD / step_B1).round_().to(torch.int8)
-        return torch._int_mm(integer_BD, self.weight_ID.t()).float().mul_(step_B1)
+        integer_BD, step_B1 = integers.round_rows(query_BD)
+        product_BI, begin = query_BD.new_empty(len(query_BD), len(self)), 0
+        for rows_ID in self._integer_chunks():
+            product_BI[:, begin : begin + len(rows_ID)] = integers.product(integer_BD, rows_ID)
+            begin += len(rows_ID)
+        return product_BI.mul_(step_B1)
+
+    def _integer_chunks(self) -> Iterator[Tensor]:
+        return self.chunks()
 
 
-def _multiplies_int8(query_BD: Tensor) -> bool:
-    """Without VNNI the CPU's int8 products may saturate. At width 1 torch 2.13's `_int_mm` returns garbage."""
-    return query_BD.device.type == "cpu" and query_BD.shape[1] > 1 and torch.cpu._is_vnni_supported()
+class Int8Table(IntegerTable):
+    """int8 rows with one float32 scale each: about a quarter of the bytes."""
 
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width, torch.float32)
+        self.register_buffer("weight_ID", torch.zeros(rows, width, dtype=torch.int8))
 
-TABLES: dict[Precision, Callable[[int, int], ItemTable]] = {
-    "float32": FloatTable,
-    "bfloat16": BFloat16Table,
-    "int8": Int8Table,
-}
+    def integers(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.weight_ID)
 
-
-def make_table(precision: str, rows: int, width: int) -> ItemTable:
-    """An empty table of the named precision, ready for `load_state_dict`."""
-    for name, table in TABLES.items():
-        if name == precision:
-            return table(rows, width)
-    raise ConfigError(f"no item table of precision '{precision}'; known: {', '.join(TABLES)}")
+    def _integer_chunks(self) -> Iterator[Tensor]:
+        yield self.weight_ID  # nothing to unpack, so nothing to keep in the cache

@@ -1,7 +1,7 @@
 """How this process keeps memory: glibc is told not to give freed blocks back to the system.
 
-Every step frees and takes again the same hundreds of megabytes. By default glibc returns blocks from 128 KB on, and each
-page is then mapped and zeroed anew.
+Every step frees and takes again the same hundreds of megabytes. By default glibc returns blocks from 128 KB on, and
+each page is then mapped and zeroed anew.
 """
 
 import ctypes

@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from elasticrec.errors import ElasticRecError, TrainingError
 from elasticrec.evaluation.ranking import rank, rank_metrics
 from elasticrec.model.loss import SummedLoss
 from elasticrec.model.network import Network
+from elasticrec.model.sampled import AnyLoss
 from elasticrec.training import checkpoint, compute
 from elasticrec.training.elastic import Balance, Best, equal_split, is_checkpoint_due
 from elasticrec.training.feed import Cut, Feed, Piece
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+MakeLoss = Callable[[Network, AnyLoss], SummedLoss]
+
+
 @dataclass(slots=True)
 class _Pending:
     """Steps that workers have taken and not yet told each other of."""
@@ -54,8 +59,20 @@ class _Pending:
 class Loop:
     """State of one worker. Wherever workers meet and agree, each holds the same."""
 
-    def __init__(self, run: RunConfig, store: Store, host: Host) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        store: Store,
+        host: Host,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        make_loss: MakeLoss = SummedLoss,
+    ) -> None:
         """Starts anew, or where the newest whole checkpoint of the host stands.
+
+        Args:
+            weights: of the network where it starts anew; without them it starts from random ones.
+            make_loss: network and `run.loss` in, what is trained out.
 
         Raises:
             CheckpointError: there are checkpoints, and this run cannot go on from any.
@@ -66,11 +83,13 @@ class Loop:
         self.plan = Plan(run.plan, store.sequences, self.split, encoder.max_length, encoder.inputs)
         torch.manual_seed(run.plan.seed)
         self.network = Network(run.network, store.n_items).to(host.device)
+        if weights is not None:
+            self.network.load_state_dict(weights)
         self.sync: Synchroniser = run.sync
         if run.elastic.exact:
             self.sync = Exact(shards=run.plan.shards, meet_every=run.sync.meet_every)
         self.sync.prepare(self.network)
-        self.loss = SummedLoss(self.network, run.loss)
+        self.loss = make_loss(self.network, run.loss)
         compute.apply(run.compute, self.loss, host.device)
         self.feed = Feed(self.plan, compute.shapes(run.compute, host.device), self.total_steps)
         self._forward = ForwardStopwatch(self.loss)

@@ -114,6 +114,11 @@ class RunConfig:
             self.sync.check_workers(self.elastic.max_workers)
         if self.network.table != "float32":
             raise ConfigError(f"table '{self.network.table}' cannot be trained; train float32 and compress afterwards")
+        if not self.network.trainable:
+            raise ConfigError(
+                f"table_rank {self.network.table_rank} with linear '{self.network.linear}' cannot be trained; "
+                "leave them out and compress afterwards"
+            )
         known = {f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in self.evaluation.ks}
         if self.validation.metric not in known:
             raise ConfigError(f"validation.metric '{self.validation.metric}' is not measured; known: {sorted(known)}")

@@ -1,0 +1,31 @@
+"""Rows of floats in, int8 and one step a row out; int8 matrices in, their exact product out.
+
+# M rows of the left side, O rows of the right side, D width
+"""
+
+import torch
+from torch import Tensor
+
+_LARGEST_INT8 = 127
+_SMALLEST_STEP = 1e-14  # of rows of zeros
+
+
+def round_rows(x_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (M, D) and float32 (M, 1): row = integers * step, the largest entry at +-127. Each row by itself."""
+    step_M1 = (x_MD.abs().amax(dim=1, keepdim=True) / _LARGEST_INT8).clamp_(min=_SMALLEST_STEP)
+    return (x_MD / step_M1).round_().to(torch.int8), step_M1
+
+
+def product(left_MD: Tensor, right_OD: Tensor) -> Tensor:
+    """int8 (M, D) times int8 (O, D): the integers (M, O), as int32 or float32. They do not depend on M.
+
+    Where int8 is not multiplied natively, float32 holds every sum of up to 1,032 products exactly.
+    """
+    if multiplies_int8(left_MD):
+        return torch._int_mm(left_MD, right_OD.t())
+    return left_MD.float() @ right_OD.float().t()
+
+
+def multiplies_int8(x_MD: Tensor) -> bool:
+    """Without VNNI the CPU's int8 products may saturate. At width 1 torch 2.13's `_int_mm` returns garbage."""
+    return x_MD.device.type == "cpu" and x_MD.shape[1] > 1 and torch.cpu._is_vnni_supported()

@@ -1,0 +1,67 @@
+"""Linear layers of a compressed encoder: int8 weights with one scale an output, inputs rounded to int8 or not.
+
+# M tokens, D inputs, O outputs
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elasticrec.model import integers
+
+LinearPrecision = Literal["float32", "int8", "int8_weights"]
+
+_CHUNK_TOKENS = 512  # integers and floats of 512 outputs: 1 MB each, what a core's cache holds
+
+
+class Int8Linear(nn.Module):
+    """weight_OD * scale_O times the input, plus a bias.
+
+    With `rounds_inputs` each token is rounded to int8 by its own largest entry: sums are exact integers, so what a
+    token gives depends neither on the tokens beside it nor on the machine.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, rounds_inputs: bool) -> None:
+        super().__init__()
+        self.rounds_inputs = rounds_inputs
+        self.register_buffer("weight_OD", torch.zeros(outputs, inputs, dtype=torch.int8))
+        self.register_buffer("scale_O", torch.zeros(outputs))
+        self.register_buffer("bias_O", torch.zeros(outputs) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 (..., D) -> float32 (..., O)."""
+        weight_OD = self.get_buffer("weight_OD")
+        x_MD = x.reshape(-1, weight_OD.shape[1])
+        if self.rounds_inputs:
+            y_MO = _rounded_product(x_MD, weight_OD).mul_(self.get_buffer("scale_O"))
+        else:
+            y_MO = F.linear(x_MD, weight_OD.float()).mul_(self.get_buffer("scale_O"))
+        if self._buffers["bias_O"] is not None:
+            y_MO.add_(self.get_buffer("bias_O"))
+        return y_MO.view(*x.shape[:-1], len(weight_OD))
+
+
+def _rounded_product(x_MD: Tensor, weight_OD: Tensor) -> Tensor:
+    y_MO = x_MD.new_empty(len(x_MD), len(weight_OD))
+    for begin in range(0, len(x_MD), _CHUNK_TOKENS):
+        integer_mD, step_m1 = integers.round_rows(x_MD[begin : begin + _CHUNK_TOKENS])
+        y_MO[begin : begin + _CHUNK_TOKENS].copy_(integers.product(integer_mD, weight_OD)).mul_(step_m1)
+    return y_MO
+
+
+def set_linears(module: nn.Module, precision: LinearPrecision) -> None:
+    """Puts empty layers of that precision, ready for `load_state_dict`, in the place of all linear layers."""
+    if precision == "float32":
+        return
+    for parent in list(module.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(parent, name, _empty(layer, precision))
+
+
+def _empty(layer: nn.Linear, precision: LinearPrecision) -> Int8Linear:
+    return Int8Linear(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, rounds_inputs=precision == "int8"
+    )
