@@ -19,7 +19,7 @@ from elasticrec.model.block import BlockConfig
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.history import History
 from elasticrec.model.network import Network, NetworkConfig
-from elasticrec.model.quantized import TABLES, Precision, make_table
+from elasticrec.model.tables import TABLES, Precision, make_table
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.events import EventStore, SqliteConfig, SqliteEventStore, StoredEvent
 from elasticrec.serving.history import Histories, Request
