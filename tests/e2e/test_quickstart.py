@@ -11,6 +11,8 @@ import yaml
 
 from elasticrec.artifact.registry import Registry
 from elasticrec.cli.local_cluster import CLUSTER_MARK
+from elasticrec.compression.recipe import label
+from elasticrec.compression.space import WITHOUT_TRAINING
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,8 +49,9 @@ def test_the_whole_road(tmp_path: Path) -> None:
     assert len(report["training"]["history"]) == EPOCHS
     assert report["training"]["history"][-1]["loss"] < report["training"]["history"][0]["loss"] - 1
     trials = {trial["recipe"]: trial for trial in report["compression"]["trials"]}
-    assert set(trials) == {"float32", "bfloat16_table", "int8_table"}
-    assert trials["float32"]["bytes"] > trials["bfloat16_table"]["bytes"] > trials["int8_table"]["bytes"]
+    assert set(trials) == {label(recipe) for recipe in WITHOUT_TRAINING}
+    by_size = [trials[name]["bytes"] for name in ("float32", "bfloat16_table", "int8_table", "int4_table")]
+    assert by_size == sorted(by_size, reverse=True)
     assert trials["float32"]["ndcg@10"] == pytest.approx(test["ndcg@10"])
     assert report["compression"]["chosen"] in trials
     assert report["serving"]["requests"] == len(report["serving"]["latencies_ms"])

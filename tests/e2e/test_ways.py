@@ -36,7 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pyarrow.csv.write_csv(generate(config), folder / "log.csv")
     pq.write_table(describe_items(config), folder / "items.parquet")
     (folder / "train.yaml").write_text(yaml.safe_dump(CONFIG))
-    space = {"recipes": [{"kind": "float32"}, {"kind": "int8_table"}], "budget": "ndcg@10>=0.5*teacher"}
+    space = {"recipes": [[], [{"kind": "int8_table"}]], "budget": "ndcg@10>=0.5*teacher"}
     (folder / "space.yaml").write_text(yaml.safe_dump(space | {"measure": {"rounds": 20}}))
     return folder
 
