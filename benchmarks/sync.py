@@ -1,8 +1,10 @@
 """Ways to synchronise: bytes, step time on a plain and on a slow link, time to a target and final NDCG; four processes.
 
     python -m benchmarks.sync --store STORE [--quick] [--only KIND ...] [--json FILE]
+    python -m benchmarks.sync --store STORE --work FOLDER --groups 4 --train-only    # first, where there are more cores
 
-Four gloo processes on this machine, each with one thread, in a network namespace of their own (root is needed). The
+Four gloo processes on this machine, each with one thread. Kinds that are compared by their NDCG train with three
+seeds; finished trainings are kept under `--work`, on whichever machine they ran. Steps are then timed in a network namespace (root is needed). The
 slow link is the kernel's token bucket (tc tbf) on that namespace's loopback: 200 Mbit/s for all four together, no
 added delay (tc netem is not in every kernel). The bytes that the kernel counted there stand beside those that each kind
 counts itself.
@@ -16,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -55,6 +59,7 @@ from elasticrec.training.sync.sharded import Sharded
 WORKERS = 4
 SLOW_LINK = "rate 200mbit burst 256kb latency 2s"
 TARGET = 0.95  # of the best validation NDCG@10 that AllReduce reaches
+COMPARED = ("all_reduce", "local_sgd", "diloco", "gossip")  # by their NDCG, so with several seeds
 PAUSE_S, WARM_STEPS, NEVER = 2.0, 4, 1_000_000
 KINDS: dict[str, AnySync] = {
     "all_reduce": AllReduce(),
@@ -62,8 +67,8 @@ KINDS: dict[str, AnySync] = {
     "all_reduce power_sgd": AllReduce(hook=PowerSGD(rank=4, start_step=30)),
     "sharded": Sharded(),
     "sharded 2 replicas": Sharded(replicas=2),
-    "local_sgd": LocalSGD(every=150),
-    "diloco": LocalSGD(every=150, outer=Nesterov()),
+    "local_sgd": LocalSGD(every=64),
+    "diloco": LocalSGD(every=64, outer=Nesterov(learning_rate=0.4, momentum=0.6)),
     "gossip": Gossip(),
     "async_average": AsyncAverage(every=16),
 }
@@ -76,7 +81,10 @@ class Trial:
     kind: str
     epochs: int
     seed: int = 0
-    slow: bool = False  # timed steps alone, on the slow link
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind.replace(' ', '-')}-{self.epochs}-{self.seed}"
 
 
 def run_config(store: Path, storage: Path, trial: Trial) -> RunConfig:
@@ -93,7 +101,7 @@ def run_config(store: Path, storage: Path, trial: Trial) -> RunConfig:
             learning_rate=2e-3, warmup_steps=min(50, steps // 4), ema_decay=0.99 if trial.epochs > 10 else 0.9
         ),
         evaluation=EvaluationConfig(ks=(10,)),
-        validation=ValidationConfig(every_epochs=max(1, trial.epochs // 6), patience=NEVER),
+        validation=ValidationConfig(every_epochs=max(1, trial.epochs // 12), patience=NEVER),
         checkpoint=CheckpointConfig(interval_s=NEVER, background=False),
         elastic=ElasticConfig(min_workers=WORKERS, max_workers=WORKERS, balance=False),
     )
@@ -200,46 +208,66 @@ def _wire_bytes() -> int:
 
 
 def work(rank: int, folder: Path) -> None:
-    """One process: every trial in turn."""
+    """One process: what the folder's `asked.json` asks for, one after the other."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     timeout = timedelta(seconds=300)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORKERS, timeout=timeout
     )
-    for place, told in enumerate(json.loads((folder / "trials.json").read_text())):
-        run = from_mapping(RunConfig, told["run"])
+    for place, asked in enumerate(json.loads((folder / "asked.json").read_text())):
+        run = from_mapping(RunConfig, asked["run"])
         worker = Worker(run, open_store(run.data), rank)
-        if told["slow"]:
-            found = worker.steps(told["steps"])
-        else:
-            found = worker.train() | worker.steps(told["steps"]) | worker.stand_still()
+        found = worker.train() if asked["steps"] is None else worker.steps(asked["steps"])
+        if asked["halts"]:
+            found |= worker.stand_still()
         (folder / f"found-{place}-{rank}.json").write_text(json.dumps(found))
-        if rank == 0:
-            print(f"{told['kind']}{' on the slow link' if told['slow'] else ''}: done", file=sys.stderr, flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def launch(store: Path, trials: list[Trial], steps: int) -> list[list[dict[str, Any]]]:
-    """Four processes in a namespace do all trials of one link; for each trial what each worker found."""
+START = 'for rank in 0 1 2 3; do "$0" -m benchmarks.sync --rank $rank --folder "$1" & all="$all $!"; done; '
+WAIT = "for one in $all; do wait $one || exit 1; done"
+
+
+def launch(folder: Path, asked: list[dict[str, Any]], script: str, within: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """Four processes do what is asked; for each of it what each worker found."""
+    (folder / "asked.json").write_text(json.dumps(asked))
+    command = [*within, "bash", "-c", f"set -e; {script}{START}{WAIT}", sys.executable, str(folder)]
+    subprocess.run(command, check=True)
+    return [
+        [json.loads((folder / f"found-{place}-{rank}.json").read_text()) for rank in range(WORKERS)]
+        for place in range(len(asked))
+    ]
+
+
+def trained(store: Path, trial: Trial, work_folder: Path) -> list[dict[str, Any]]:
+    """What each worker found of a training, which runs unless it did before."""
+    file = work_folder / f"{trial.name}.json"
+    if not file.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            run = to_mapping(run_config(store, Path(scratch) / "run", trial))
+            (found,) = launch(Path(scratch), [{"run": run, "steps": None, "halts": False}], "", ())
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(found))
+        partial.rename(file)
+        print(f"{trial.name}: validation {found[0]['validation']:.4f}", file=sys.stderr, flush=True)
+    return list(json.loads(file.read_text()))
+
+
+def timed(store: Path, trials: list[Trial], steps: int, slow: bool) -> list[list[dict[str, Any]]]:
+    """Bare steps of each kind in a namespace with a link of its own."""
+    throttle = f"tc qdisc add dev lo root tbf {SLOW_LINK}; " if slow else ""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        told = [
-            {"kind": trial.kind, "slow": trial.slow, "steps": whole_rounds(KINDS[trial.kind], steps)}
-            | {"run": to_mapping(run_config(store, folder / str(place), trial))}
+        asked = [
+            {
+                "run": to_mapping(run_config(store, Path(scratch) / str(place), trial)),
+                "steps": whole_rounds(KINDS[trial.kind], steps),
+                "halts": not slow,
+            }
             for place, trial in enumerate(trials)
         ]
-        (folder / "trials.json").write_text(json.dumps(told))
-        throttle = f"tc qdisc add dev lo root tbf {SLOW_LINK};" if trials[0].slow else ""
-        start = 'for rank in 0 1 2 3; do "$0" -m benchmarks.sync --rank $rank --folder "$1" & all="$all $!"; done'
-        wait = "for one in $all; do wait $one || exit 1; done"
-        script = f"set -e; ip link set lo up; {throttle} {start}; {wait}"
-        subprocess.run(["unshare", "--net", "bash", "-c", script, sys.executable, str(folder)], check=True)
-        return [
-            [json.loads((folder / f"found-{place}-{rank}.json").read_text()) for rank in range(WORKERS)]
-            for place in range(len(trials))
-        ]
+        return launch(Path(scratch), asked, f"ip link set lo up; {throttle}", ("unshare", "--net"))
 
 
 def whole_rounds(sync: AnySync, steps: int) -> int:
@@ -248,25 +276,34 @@ def whole_rounds(sync: AnySync, steps: int) -> int:
     return -(-steps // period) * period
 
 
-def row(kind: str, target: float, plain: list[dict[str, Any]], slow: list[dict[str, Any]]) -> dict[str, Any]:
-    """Times to the target count the steps up to the first validation that reaches it."""
-    first = plain[0]
-    reached = next((epoch for epoch, value in first["curve"] if value >= target), None)
-    steps = first["steps"] * reached / first["curve"][-1][0] if reached else float("nan")
+def row(
+    kind: str, target: float, runs: list[list[dict[str, Any]]], plain: list[dict[str, Any]], slow: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Quality is the mean over seeds, times to the target the median: the steps up to the first validation there."""
+    firsts = [run[0] for run in runs]
+    steps = statistics.median(_steps_to(target, first) for first in firsts)
+    test = [first["test"] for first in firsts]
     return {
         "kind": kind,
-        "KB a step": first["sent_bytes"] / first["steps"] / 1e3,
-        "wire / counted": sum(worker["wire"] for worker in plain[:1]) / max(1, sum(worker["own"] for worker in plain)),
-        "step ms": 1e3 * first["step_s"],
+        "KB a step": firsts[0]["sent_bytes"] / firsts[0]["steps"] / 1e3,
+        "wire / counted": plain[0]["wire"] / max(1, sum(worker["own"] for worker in plain)),
+        "step ms": 1e3 * plain[0]["step_s"],
         "slow step ms": 1e3 * slow[0]["step_s"],
-        "target s": steps * first["step_s"],
+        "target s": steps * plain[0]["step_s"],
         "slow target s": steps * slow[0]["step_s"],
-        "validation": first["validation"],
-        "test": first["test"],
-        "±": first["test_error"],
-        "held": max(worker["held"] for worker in plain),
+        "seeds": len(runs),
+        "validation": statistics.mean(first["validation"] for first in firsts),
+        "test": statistics.mean(test),
+        "± seeds": statistics.stdev(test) / len(test) ** 0.5 if len(test) > 1 else float("nan"),
+        "± users": firsts[0]["test_error"],
+        "held": max(worker["held"] for worker in runs[0]),
         "steps beside a halt": halted(plain),
     }
+
+
+def _steps_to(target: float, first: dict[str, Any]) -> float:
+    reached = next((epoch for epoch, value in first["curve"] if value >= target), None)
+    return float(first["steps"] * reached / first["curve"][-1][0]) if reached else float("inf")
 
 
 def halted(workers: list[dict[str, Any]]) -> int:
@@ -304,13 +341,35 @@ def main() -> None:
     if chosen.rank is not None:
         work(chosen.rank, chosen.folder)
         return
-    epochs, steps = (3, 12) if chosen.quick else (30, 48)
+    epochs, steps, seeds = (3, 12, 1) if chosen.quick else (120, 48, 3)
     kinds = chosen.only or list(KINDS)
-    plain = launch(chosen.store, [Trial(kind=kind, epochs=epochs) for kind in kinds], steps)
-    slow = launch(chosen.store, [Trial(kind=kind, epochs=epochs, slow=True) for kind in kinds], steps)
-    target = TARGET * plain[kinds.index("all_reduce")][0]["validation"]
-    rows = {kind: row(kind, target, *found) for kind, *found in zip(kinds, plain, slow, strict=True)}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = chosen.work or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        runs = trainings(chosen.store, kinds, epochs, seeds, folder, chosen.groups)
+    if chosen.train_only:
+        return
+    trials = [Trial(kind=kind, epochs=epochs) for kind in kinds]
+    plain, slow = timed(chosen.store, trials, steps, slow=False), timed(chosen.store, trials, steps, slow=True)
+    target = TARGET * statistics.mean(run[0]["validation"] for run in runs["all_reduce"])
+    rows = {kind: row(kind, target, runs[kind], *found) for kind, *found in zip(kinds, plain, slow, strict=True)}
     publish("sync", list(rows.values()), checks(rows), chosen.json)
+
+
+def trainings(
+    store: Path, kinds: list[str], epochs: int, seeds: int, folder: Path, groups: int
+) -> dict[str, list[list[dict[str, Any]]]]:
+    """For each kind and seed what each worker found; so many groups of four processes at a time."""
+    trials = [
+        Trial(kind=kind, epochs=epochs, seed=seed)
+        for seed in range(seeds)
+        for kind in kinds
+        if seed == 0 or kind in COMPARED
+    ]
+    with ThreadPoolExecutor(groups) as pool:
+        found = list(pool.map(lambda trial: trained(store, trial, folder), trials))
+    pairs = list(zip(trials, found, strict=True))
+    return {kind: [workers for trial, workers in pairs if trial.kind == kind] for kind in kinds}
 
 
 def _options() -> argparse.Namespace:
@@ -319,6 +378,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="+", choices=list(KINDS))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", type=lambda text: Path(text).resolve(), help="folder of finished trainings")
+    parser.add_argument("--groups", type=int, default=1, help="trainings at a time, four processes each")
+    parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from elasticrec.data.plan import Plan
 from elasticrec.data.sequences import open_store
 from elasticrec.data.split import split
 from elasticrec.model.encoder import EncoderConfig
+from elasticrec.training.compute import ComputeConfig
 from elasticrec.training.run import CheckpointConfig, ElasticConfig, RunConfig, ValidationConfig
 
 NEVER = 1_000_000
+IN_BFLOAT16 = "ours, Ray Train, 2 workers, bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +50,7 @@ class Way:
     train: Callable[[RunConfig], Timed]
     workers: int = 1
     threads: int = 1
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
 def main() -> None:
@@ -87,6 +90,7 @@ def all_ways(python: str) -> list[Way]:
         Way(name="RecTools SASRec, 2 threads", cores=2, train=peer(2), threads=2),
         Way(name="ours, Ray Train, 2 workers", cores=2, train=under_ray, workers=2),
         Way(name="ours, Ray Train, 1 worker of 2 threads", cores=2, train=under_ray, threads=2),
+        Way(name=IN_BFLOAT16, cores=2, train=under_ray, workers=2, compute=ComputeConfig(precision="bfloat16")),
         Way(name="RecTools SASRec, 1 thread", cores=1, train=peer(1)),
         Way(name="bare loop, 1 thread", cores=1, train=bare),
         Way(name="ours, Ray Train, 1 worker", cores=1, train=under_ray),
@@ -99,7 +103,8 @@ def measure(ways: list[Way], run: RunConfig, rounds: int) -> dict[str, list[Time
     for turn in range(rounds):
         for way in ways:
             elastic = ElasticConfig(min_workers=way.workers, max_workers=way.workers, threads_per_worker=way.threads)
-            timed[way.name].append(way.train(replace(run, name=f"{turn}-{way.workers}-{way.threads}", elastic=elastic)))
+            named = replace(run, name=f"{turn}-{ways.index(way)}", elastic=elastic, compute=way.compute)
+            timed[way.name].append(way.train(named))
             print(f"{way.name}: {statistics.median(timed[way.name][-1].epochs_s):.3f} s", file=sys.stderr, flush=True)
     return timed
 
@@ -189,6 +194,7 @@ def checks(timed: dict[str, list[Timed]]) -> list[Check]:
     ours_2 = min(seconds["ours, Ray Train, 2 workers"], seconds["ours, Ray Train, 1 worker of 2 threads"])
     ours_1 = seconds["ours, Ray Train, 1 worker"]
     peer = seconds["RecTools SASRec, 2 threads"] / ours_2
+    peer_bfloat16 = seconds["RecTools SASRec, 2 threads"] / seconds[IN_BFLOAT16]
     overhead = _overhead_percent(timed["ours, Ray Train, 1 worker"], timed["bare loop, 1 thread"])
     scaling = ours_1 / seconds["ours, Ray Train, 2 workers"]
     return [
@@ -198,6 +204,13 @@ def checks(timed: dict[str, list[Timed]]) -> list[Check]:
             target=3.0,
             unit="times",
             holds=peer >= 3.0,
+        ),
+        Check(
+            name="the same with bfloat16 products on our side",
+            value=peer_bfloat16,
+            target=3.0,
+            unit="times",
+            holds=peer_bfloat16 >= 3.0,
         ),
         Check(
             name="against the bare loop without Ray: slower by at most",

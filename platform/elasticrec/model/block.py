@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from elasticrec.errors import ConfigError
 from elasticrec.model.bias import RelativeBias, Scene, TimeGaps
+from elasticrec.model.dropout import Dropout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +118,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(width, config.channels(width))
         self.attention_gate = nn.Linear(width, width) if config.residual_gates else None
         self.feed_forward_gate = nn.Linear(width, width) if config.residual_gates else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_MD: Tensor, scene: Scene) -> Tensor:
         """float (M, D) in and out."""

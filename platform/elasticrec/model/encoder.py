@@ -17,6 +17,7 @@ from elasticrec.errors import ConfigError
 from elasticrec.model.bias import Scene, TimeGaps
 from elasticrec.model.block import BlockConfig
 from elasticrec.model.blocks import AnyBlock, make_block
+from elasticrec.model.dropout import Dropout
 from elasticrec.model.features import EventEmbedding, EventInput, RatingEmbedding, RatingInput
 from elasticrec.model.history import History
 from elasticrec.model.layout import Layout, layout_of
@@ -89,7 +90,7 @@ class Encoder(nn.Module):
         nn.init.normal_(self.position_TD, std=0.02)
         self.rating = RatingEmbedding(config.rating, config.width) if config.rating else None
         self.event = EventEmbedding(config.event, config.width) if config.event else None
-        self.input_dropout = nn.Dropout(config.dropout)
+        self.input_dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             make_block(block, config.width, config.max_length, config.dropout, config.time)
             for block in config.every_block

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from elasticrec.errors import ConfigError
 from elasticrec.model.bias import RelativeBias, Scene, TimeGaps
 from elasticrec.model.block import check_heads, merge_heads, split_heads
+from elasticrec.model.dropout import Dropout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +42,7 @@ class HSTUBlock(nn.Module):
         self.bias = RelativeBias(config.heads, max_length, time)
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_MD: Tensor, scene: Scene) -> Tensor:
         """float (M, D) in and out."""

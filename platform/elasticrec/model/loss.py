@@ -227,7 +227,15 @@ def _product(one: Tensor, other: Tensor) -> Tensor:
         return one @ other
     if one.is_cuda:
         return torch.mm(one, other, out_dtype=torch.float32)
-    return one.float() @ other.float()  # what a GPU's tensor cores compute; torch offers it nowhere else
+    if multiplies_bfloat16():
+        return (one @ other).float()  # summed in float32; the sum is rounded, as torch offers nothing else on a CPU
+    return one.float() @ other.float()  # what a GPU's tensor cores compute
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for it; without them it is slower than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def softmax_gradient_in_place(logits_mI: Tensor, target_m1: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from elasticrec.columns import PAD
 from elasticrec.data.inputs import Inputs
 from elasticrec.data.sequences import Store
+from elasticrec.model.dropout import Dropout
 from elasticrec.model.encoder import check_sizes
 from elasticrec.model.history import History
 from elasticrec.model.quantized import ItemTable
@@ -47,7 +48,7 @@ class MeanEncoder(nn.Module):
         self.items = items
         self.hidden = nn.Linear(config.width, config.width)
         self.out = nn.Linear(config.width, config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, history: History) -> Tensor:
         """float (B, T, D)."""

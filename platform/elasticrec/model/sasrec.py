@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from elasticrec.errors import ConfigError
 from elasticrec.model.bias import RelativeBias, Scene, TimeGaps
 from elasticrec.model.block import check_heads, merge_heads, split_heads
+from elasticrec.model.dropout import Dropout
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
@@ -46,7 +47,7 @@ class SASRecBlock(nn.Module):
         self.project, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.bias = RelativeBias(config.heads, max_length, time, distances=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_MD: Tensor, scene: Scene) -> Tensor:
         """float (M, D) in and out."""

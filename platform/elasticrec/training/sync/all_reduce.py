@@ -4,9 +4,10 @@
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,11 @@ from elasticrec.model.network import Network
 from elasticrec.training.sync.hooks import AnyHook, Hook, Plain, attach_hook
 from elasticrec.training.sync.protocol import Tokens
 from elasticrec.training.sync.transport import ring_bytes, world_size
+
+# Masks and distances are constants that every worker has. From torch 2.13 on the older name is warned of.
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
+_NOT_SYNCED: dict[str, Any] = {_BUFFERS: False}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +56,7 @@ class AllReduce:
                 module,
                 bucket_cap_mb=self.bucket_megabytes,
                 gradient_as_bucket_view=True,
-                forward_sync_buffers=False,  # masks and distances: constants that every worker has
+                **_NOT_SYNCED,
             )
             hook = attach_hook(self.hook, module, world)
         yield AllReduceLink(loss, module, optimizer, hook)
