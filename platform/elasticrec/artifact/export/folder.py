@@ -1,7 +1,7 @@
 """A bundle and a format in, a folder with the model and what an answer needs besides out.
 
 model.onnx | model.pt2   scores of all items for histories
-items.json               [id, title] of each item; the first one is item 1
+items.json               item_id and title, a list each; the first one is item 1
 edge.json                format, inputs, longest history, parity with the bundle, and which bundle it was; written last
 """
 
@@ -89,10 +89,10 @@ def _checked(made: Format, network: Network, file: Path, history: History | None
     return parity
 
 
-def _items(bundle: Bundle) -> list[list[Any]]:
+def _items(bundle: Bundle) -> dict[str, list[Any]]:
     table = bundle.items()
-    ids = (str(item) for item in table.column(ITEM).to_pylist())
-    return [[item, title] for item, title in zip(ids, table.column(TITLE).to_pylist(), strict=True)]
+    ids = [str(item) for item in table.column(ITEM).to_pylist()]
+    return {ITEM: ids, TITLE: table.column(TITLE).to_pylist()}
 
 
 def _origin(bundle: Bundle) -> dict[str, Any]:

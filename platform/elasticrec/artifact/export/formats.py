@@ -21,6 +21,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]  # by field, (B, T)
 Scores = Callable[[Arrays], npt.NDArray[np.float32]]  # to (B, I)
 
 _OPSET = 20
+_FOLDED = 256  # numbers of a constant that is computed ahead
 _DTYPES = {"item": torch.int64, "time": torch.int64, "request": torch.int64, "rating": torch.float32}
 
 
@@ -48,7 +49,7 @@ class Onnx:
     any_batch: ClassVar[bool] = True
 
     def write(self, graph: ScoreGraph, max_length: int, file: Path) -> None:
-        _needs("onnxscript")
+        optimizer = _needs("onnxscript.optimizer")
         program = torch.onnx.export(
             graph,
             _example(graph, _shorter(max_length)),
@@ -57,10 +58,15 @@ class Onnx:
             input_names=list(graph.fields),
             output_names=["score"],
             dynamic_shapes=_dynamic(graph, max_length),
+            optimize=False,
             verbose=False,
             external_data=False,
         )
         assert program is not None, "dynamo gives one"
+        # By default it makes float copies of small int8 tensors.
+        optimizer.optimize_ir(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # stack traces, which take longest to read
         program.save(str(file), external_data=False)
 
     def open(self, file: Path, fields: tuple[str, ...]) -> Scores:
@@ -154,7 +160,7 @@ def _needs(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise ExportError(f"this format needs {package}; install elasticrec[edge]") from None
+        raise ExportError(f"this format needs {package.partition('.')[0]}; install elasticrec[edge]") from None
 
 
 def format_of(name: str) -> Format:
