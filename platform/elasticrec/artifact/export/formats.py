@@ -71,7 +71,7 @@ class Onnx:
 
     def open(self, file: Path, fields: tuple[str, ...]) -> Scores:
         session = _needs("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        return lambda given: session.run(None, {name: given[name] for name in fields})[0]  # type: ignore[no-any-return]
+        return lambda given: session.run(None, {name: given[name] for name in fields})[0]
 
 
 @dataclass(frozen=True, slots=True)

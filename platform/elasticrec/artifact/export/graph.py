@@ -145,7 +145,8 @@ def factor(head: nn.Module, items: ItemTable) -> Tensor:
         scale_I = _scale(items.left)
         return scale_I if isinstance(head, CosineHead) else scale_I * items.get_buffer("length_I").float()
     if isinstance(head, CosineHead):
-        return torch.linalg.vector_norm(items.stored.float(), dim=-1).clamp_(min=_SMALLEST_LENGTH).reciprocal_()
+        length_I: Tensor = torch.linalg.vector_norm(items.stored.float(), dim=-1)
+        return length_I.clamp_(min=_SMALLEST_LENGTH).reciprocal_()
     if isinstance(head, DotHead):
         return _scale(items)
     raise ConfigError(f"a head of type {type(head).__name__} cannot be exported; use a cosine or dot head")
