@@ -15,7 +15,7 @@ from elasticrec.columns import CATEGORIES, COUNT, ITEM, ITEM_INDEX, TITLE, USER,
 from elasticrec.compression.distil import Distil
 from elasticrec.compression.factorise import LowRankTable
 from elasticrec.compression.finetune import FineTune
-from elasticrec.compression.linears import Int8Linear
+from elasticrec.compression.linears import Fp8Linear, Int4Linear, Int8Linear
 from elasticrec.compression.prune import Prune
 from elasticrec.compression.quantize import BFloat16Table, Int4Table, Int8Table, PQTable
 from elasticrec.compression.recipe import Recipe, compress, described, label
@@ -37,6 +37,8 @@ RECIPES: tuple[Recipe, ...] = (
     (LowRankTable(rank=5),),
     (LowRankTable(rank=8), Int4Table()),
     (Int8Linear(), Int8Table()),
+    (Int4Linear(),),
+    (Fp8Linear(), Int4Table()),
     (Int8Linear(activations="none"), LowRankTable(rank=8), PQTable()),
     (Prune(heads=0.5, channels=0.3, blocks=1, batches=1), FineTune(epochs=1), Int8Linear(), Int4Table()),
     (Distil(width=8, epochs=1), Int8Table()),

@@ -65,8 +65,8 @@ class ScoreGraph(nn.Module):
 def _check(config: NetworkConfig) -> None:
     if config.linear not in ("float32", "int8_weights"):
         raise ConfigError(
-            f"linear layers in {config.linear} round by the last bit of each token, which other runtimes compute "
-            "otherwise; export the bundle of the recipe with int8_linear's activations 'none', or its parent"
+            f"linear layers in {config.linear} give other scores elsewhere: int8 and fp8 round by the last bit of each "
+            "token, int4 has no common operation; use the recipe with int8_linear's activations 'none', or its parent"
         )
 
 
