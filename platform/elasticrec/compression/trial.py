@@ -86,13 +86,13 @@ def _compressed(recipe: Recipe, parent: Bundle, store: Store, job: Job, report: 
             device=job.device,
             report=report,
         )
-        network, rest = _start(recipe, bench.teacher, job)
+        network, rest = start_of(recipe, bench.teacher, job)
         for step in rest:
             network = apply(step, network, bench)
         return network
 
 
-def _start(recipe: Recipe, teacher: Network, job: Job) -> tuple[Network, Recipe]:
+def start_of(recipe: Recipe, teacher: Network, job: Job) -> tuple[Network, Recipe]:
     """Where to begin, and the steps left: a finished trial of the first steps is what they would make again."""
     for done in range(len(recipe) - 1, 0, -1):
         if finished_row(job.folder, recipe[:done]):

@@ -1,4 +1,4 @@
-"""Linear layers with weights in fp8 and rounded inputs, for GPUs, and with weights in int4 alone. CPUs are slow at both.
+"""Linear layers with weights and inputs in fp8, for GPUs, and with weights alone in int4. CPUs are slow at both.
 
 # M tokens, D inputs, O outputs, G groups of inputs, H = D / 2 bytes
 """
