@@ -24,6 +24,10 @@ class BundleError(ElasticRecError, ValueError):
     """A bundle is damaged, incomplete or of a schema this version cannot read."""
 
 
+class ExportError(ElasticRecError, ValueError):
+    """A network cannot be written in the format that was asked for."""
+
+
 class RegistryError(ElasticRecError, ValueError):
     """A version or label cannot be read or moved as asked."""
 

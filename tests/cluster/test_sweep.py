@@ -25,6 +25,7 @@ from elasticrec.compression.measure import MeasureConfig
 from elasticrec.compression.quantize import BFloat16Table, Int8Table
 from elasticrec.compression.space import Asha, Axis, Optuna, SweepConfig
 from elasticrec.compression.sweep import SweepResult, calibrate, sweep
+from elasticrec.compression.trial import Job, start_of
 from elasticrec.data.sequences import Sequences, write_store
 from elasticrec.errors import BundleError, ConfigError
 from elasticrec.model.encoder import EncoderConfig
@@ -274,6 +275,25 @@ def test_rows_hold_the_difference_to_the_teacher(finished: Finished) -> None:
         assert difference == pytest.approx(row[f"{prefix}ndcg@10"] - teacher[f"{prefix}ndcg@10"])
         assert row[f"{prefix}ndcg@10_diff_low"] <= difference <= row[f"{prefix}ndcg@10_diff_high"]
         assert row[f"{prefix}ndcg@10_loss"] == pytest.approx(-difference / teacher[f"{prefix}ndcg@10"])
+
+
+def test_a_recipe_goes_on_from_the_finished_trial_of_its_first_steps(finished: Finished) -> None:
+    config = SweepConfig()
+    job = Job(
+        bundle=finished.bundle,
+        store=str(finished.store),
+        out=str(finished.out),
+        split=config.split,
+        measure=config.measure,
+        evaluation=config.evaluation,
+    )
+    teacher = open_bundle(finished.bundle).network()
+    network, rest = start_of((BFloat16Table(), Int8Linear()), teacher, job)
+    assert (network.config.table, rest) == ("bfloat16", (Int8Linear(),))
+    assert torch.equal(network.encoder.items.stored, teacher.encoder.items.stored.bfloat16())
+    nowhere = (Int8Linear(), BFloat16Table())
+    assert start_of(nowhere, teacher, job) == (teacher, nowhere)
+    assert start_of((), teacher, job) == (teacher, ())
 
 
 GO_ON = """

@@ -1,7 +1,8 @@
-"""`elasticrec bundle …`: look at a bundle, and check it."""
+"""`elasticrec bundle …`: look at a bundle, check it, and export it."""
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 
@@ -31,3 +32,24 @@ def verify(bundle: Reference) -> None:
     uri = resolve_reference(bundle)
     verify_bundle(uri)
     print(f"{uri}: every file is as it was written")
+
+
+def export(bundle: Reference, out: Path, format: Literal["onnx", "pt2", "executorch-ready"] = "onnx") -> None:
+    """Writes a bundle for a runtime without Ray, and compares the file's scores with the bundle's.
+
+    Args:
+        bundle: folder, URI, or REGISTRY#NAME@LABEL.
+        out: a new folder for the model, its items and edge.json.
+        format: onnx needs no torch where it runs; executorch-ready is for executorch.exir.to_edge.
+    """
+    from elasticrec.artifact.export.folder import export_bundle
+    from elasticrec.cli.progress import bar
+
+    opened = open_bundle(resolve_reference(bundle))
+    with bar(f"exporting to {format}"):
+        made = export_bundle(opened, format, out)
+    print(f"{made.folder / made.file}: {made.bytes:,} bytes")
+    print(
+        f"compared on {made.parity.users} made-up users: largest difference of a score {made.parity.largest:.2g}, "
+        f"other ten best for {made.parity.different}"
+    )

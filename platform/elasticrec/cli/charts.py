@@ -58,6 +58,30 @@ def point_chart(points: Mapping[str, Point], axes: Axes, chosen: str | None = No
     return _svg(frame, axes, marks, [])
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mark:
+    """A dot of a third dimension; `title` shows where the pointer rests on it."""
+
+    point: Point
+    size: float  # 0 to 1: the area
+    style: str
+    title: str
+    faint: bool = False
+
+
+def mark_chart(marks: Sequence[Mark], axes: Axes) -> str:
+    """A dot for each mark, small ones on top; "" when no finite point is there."""
+    finite = [mark for mark in marks if _is_finite(mark.point)]
+    if not finite:
+        return ""
+    frame = _Frame.around([mark.point for mark in finite], axes)
+    dots = []
+    for mark in sorted(finite, key=lambda mark: (not mark.faint, -mark.size)):
+        dot = _dot(frame, mark.point, mark.style, mark.title, radius=4 + 10 * math.sqrt(mark.size))
+        dots.append(f'<g fill-opacity="{0.2 if mark.faint else 0.75}">{dot}</g>')
+    return _svg(frame, axes, dots, [])
+
+
 def histogram(values: Sequence[float], axes: Axes, bins: int = 30) -> str:
     """Bars of how many values fall into each of `bins` equal ranges; "" when no finite value is there."""
     finite = [float(value) for value in values if math.isfinite(value)]

@@ -8,6 +8,7 @@ from rich.progress import Progress
 
 from elasticrec.artifact.registry import resolve_reference
 from elasticrec.cli.connection import connected
+from elasticrec.cli.frontier import REPORT, write_frontier
 from elasticrec.cli.progress import bar
 from elasticrec.cli.tables import compression_table, show
 
@@ -32,6 +33,8 @@ def compress_bundle(
         result = sweep_here(resolve_reference(bundle), data, out, space=space, budget=budget)
     show(compression_table(result.rows))
     print(result.choice.why)
+    if (out / REPORT).exists():
+        print(f"report: {out / REPORT}")
     if result.chosen:
         print(f"chosen bundle: {result.chosen['bundle']}")
 
@@ -47,7 +50,10 @@ def sweep_here(bundle: str, data: Path, out: Path, *, space: Path | None = None,
     config = load(SweepConfig, space) if space else SweepConfig()
     config = dataclasses.replace(config, budget=budget) if budget else config
     with bar("compressing", total=config.trials + 1) as progress:
-        return sweep(config, bundle, data, out, progress=lambda name, status: _advance(progress, name, status))
+        result = sweep(config, bundle, data, out, progress=lambda name, status: _advance(progress, name, status))
+    if out.is_dir():  # a sweep may also lie on an object store, where a page is of little use
+        write_frontier(out, result.rows, result.teacher, result.choice.why, config.budget)
+    return result
 
 
 def _advance(progress: Progress, name: str, status: str) -> None:

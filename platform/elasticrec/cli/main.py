@@ -39,6 +39,7 @@ COMMANDS: Tree = {
     "bundle": {
         "show": Command("bundle:show", "what is in a bundle"),
         "verify": Command("bundle:verify", "check every file of a bundle"),
+        "export": Command("bundle:export", "write a bundle for ONNX Runtime, torch alone or ExecuTorch"),
     },
     "registry": {
         "publish": Command("registry:publish", "copy a bundle into the registry as the next version"),

@@ -41,7 +41,7 @@ def compression_table(rows: list[dict[str, Any]]) -> Table:
 
 def _trial_cells(row: dict[str, Any]) -> list[str]:
     if row["status"] != "done":
-        return [row["recipe"], "", "", "", "", "", f"failed: {row['reason']}"]
+        return [row["recipe"], "", "", "", "", "", f"{row['status']}: {row['reason']}"]
     times = [f"{row[name]:.2f}" for name in ("p50_ms", "p99_ms")]
     quality = [f"{row[name]:.4f}" for name in ("hr@10", "ndcg@10")]
     return [row["recipe"], f"{int(row['bytes']):,}", *times, *quality, "chosen" if row["chosen"] else ""]

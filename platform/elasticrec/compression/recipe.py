@@ -9,14 +9,15 @@ from typing import Any
 from elasticrec.compression.distil import Distil
 from elasticrec.compression.factorise import LowRankTable
 from elasticrec.compression.finetune import FineTune
-from elasticrec.compression.linears import Int8Linear
+from elasticrec.compression.linears import Fp8Linear, Int4Linear, Int8Linear
 from elasticrec.compression.prune import Prune
 from elasticrec.compression.quantize import BFloat16Table, Int4Table, Int8Table, PQTable
 from elasticrec.compression.workbench import Workbench, apply
 from elasticrec.config import to_mapping
 from elasticrec.model.network import Network
 
-Step = BFloat16Table | Int8Table | Int4Table | PQTable | LowRankTable | Int8Linear | Prune | Distil | FineTune
+Rounding = BFloat16Table | Int8Table | Int4Table | PQTable | LowRankTable | Int8Linear | Int4Linear | Fp8Linear
+Step = Rounding | Prune | Distil | FineTune
 Recipe = tuple[Step, ...]  # without a step: the network as it was trained
 
 AS_TRAINED = "float32"

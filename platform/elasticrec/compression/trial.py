@@ -15,9 +15,9 @@ from elasticrec.artifact.bundle import Bundle, open_bundle, write_bundle
 from elasticrec.artifact.location import Location, locate
 from elasticrec.compression.measure import Latency, MeasureConfig, measure, resident_bytes
 from elasticrec.compression.paired import paired
-from elasticrec.compression.recipe import Recipe, compress, described, label
-from elasticrec.compression.record import Ranks, Row, folder_name, read_teacher_ranks
-from elasticrec.compression.workbench import Workbench
+from elasticrec.compression.recipe import Recipe, described, label
+from elasticrec.compression.record import Ranks, Row, finished_row, folder_name, read_teacher_ranks
+from elasticrec.compression.workbench import Workbench, apply
 from elasticrec.data.sequences import Store, open_store
 from elasticrec.data.split import Split, SplitData, split
 from elasticrec.errors import ElasticRecError
@@ -86,7 +86,18 @@ def _compressed(recipe: Recipe, parent: Bundle, store: Store, job: Job, report: 
             device=job.device,
             report=report,
         )
-        return compress(recipe, bench)
+        network, rest = start_of(recipe, bench.teacher, job)
+        for step in rest:
+            network = apply(step, network, bench)
+        return network
+
+
+def start_of(recipe: Recipe, teacher: Network, job: Job) -> tuple[Network, Recipe]:
+    """Where to begin, and the steps left: a finished trial of the first steps is what they would make again."""
+    for done in range(len(recipe) - 1, 0, -1):
+        if finished_row(job.folder, recipe[:done]):
+            return open_bundle(job.folder / folder_name(recipe[:done]), verify=False).network(), recipe[done:]
+    return teacher, recipe
 
 
 @contextlib.contextmanager

@@ -3,11 +3,16 @@
 # M rows of the left side, O rows of the right side, D width
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
 _LARGEST_INT8 = 127
 _SMALLEST_STEP = 1e-14  # of rows of zeros
+_native = ContextVar("_native", default=True)
 
 
 def round_rows(x_MD: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,4 +33,14 @@ def product(left_MD: Tensor, right_OD: Tensor) -> Tensor:
 
 def multiplies_int8(x_MD: Tensor) -> bool:
     """Without VNNI the CPU's int8 products may saturate. At width 1 torch 2.13's `_int_mm` returns garbage."""
-    return x_MD.device.type == "cpu" and x_MD.shape[1] > 1 and torch.cpu._is_vnni_supported()
+    return _native.get() and x_MD.device.type == "cpu" and x_MD.shape[1] > 1 and torch.cpu._is_vnni_supported()
+
+
+@contextlib.contextmanager
+def as_elsewhere() -> Iterator[None]:
+    """Inside, networks answer as on a machine that does not multiply int8 natively: tables round no query."""
+    before = _native.set(False)
+    try:
+        yield
+    finally:
+        _native.reset(before)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elasticrec.model import integers
+from elasticrec.model.narrow import Fp8Linear, Int4Linear
 
-LinearPrecision = Literal["float32", "int8", "int8_weights"]
+LinearPrecision = Literal["float32", "int8", "int8_weights", "int4_weights", "fp8"]
 
 _CHUNK_TOKENS = 512  # integers and floats of 512 outputs: 1 MB each, what a core's cache holds
 
@@ -61,7 +62,10 @@ def set_linears(module: nn.Module, precision: LinearPrecision) -> None:
                 setattr(parent, name, _empty(layer, precision))
 
 
-def _empty(layer: nn.Linear, precision: LinearPrecision) -> Int8Linear:
-    return Int8Linear(
-        layer.in_features, layer.out_features, bias=layer.bias is not None, rounds_inputs=precision == "int8"
-    )
+def _empty(layer: nn.Linear, precision: LinearPrecision) -> nn.Module:
+    inputs, outputs, bias = layer.in_features, layer.out_features, layer.bias is not None
+    if precision == "fp8":
+        return Fp8Linear(inputs, outputs, bias=bias)
+    if precision == "int4_weights":
+        return Int4Linear(inputs, outputs, bias=bias)
+    return Int8Linear(inputs, outputs, bias=bias, rounds_inputs=precision == "int8")

@@ -1,0 +1,1 @@
+"""A bundle in, a file for a runtime without Ray out."""

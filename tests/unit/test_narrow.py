@@ -1,0 +1,111 @@
+"""Layers in fp8 and int4: what they compute, to the letter and near the layer that they stand for; where they refuse.
+
+# M tokens, D inputs, O outputs
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from elasticrec.compression.linears import Fp8Linear as Fp8Step
+from elasticrec.compression.linears import Int4Linear as Int4Step
+from elasticrec.compression.linears import Int8Linear as Int8Step
+from elasticrec.compression.workbench import Workbench, apply
+from elasticrec.data.split import LeaveOneOut
+from elasticrec.errors import ConfigError
+from elasticrec.evaluation.ranking import EvaluationConfig
+from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.history import History
+from elasticrec.model.narrow import FP8, GROUP, Fp8Linear, Int4Linear, check_fp8, fp8_rows, int4_groups
+from elasticrec.model.network import Network, NetworkConfig
+
+
+def bench(width: int = 32) -> Workbench:
+    torch.manual_seed(0)
+    encoder = EncoderConfig(width=width, blocks=2, max_length=8)
+    return Workbench(
+        teacher=Network(NetworkConfig(encoder=encoder), 50).eval().requires_grad_(False),
+        store=None,  # type: ignore[arg-type]  # these steps need no data
+        split=LeaveOneOut(),
+        evaluation=EvaluationConfig(),
+        scratch=Path(),
+    )
+
+
+def test_fp8_is_the_product_of_what_was_rounded() -> None:
+    torch.manual_seed(0)
+    weight_OD, x_MD, bias_O = torch.randn(16, 48), torch.randn(5, 48), torch.randn(16)
+    layer = Fp8Linear(48, 16, bias=True)
+    rounded_OD, step_O1 = fp8_rows(weight_OD)
+    layer.load_state_dict({"weight_OD": rounded_OD.view(torch.uint8), "scale_O": step_O1[:, 0], "bias_O": bias_O})
+    rounded_MD, step_M1 = fp8_rows(x_MD)
+    expected_MO = (rounded_MD.double() * step_M1) @ (rounded_OD.double() * step_O1).t() + bias_O
+    torch.testing.assert_close(layer(x_MD).double(), expected_MO, rtol=1e-5, atol=1e-5)
+    exact_MO = x_MD @ weight_OD.t() + bias_O
+    assert (layer(x_MD) - exact_MO).square().mean() < 0.01 * exact_MO.square().mean()
+    assert torch.equal(layer(x_MD[None]), layer(x_MD)[None])
+
+
+def test_fp8_keeps_the_largest_entry_and_zeros() -> None:
+    rounded_MD, step_M1 = fp8_rows(torch.tensor([[1.0, -3.0, 0.5], [0.0, 0.0, 0.0]]))
+    assert rounded_MD.dtype == FP8
+    assert (rounded_MD.float() * step_M1)[0, 1] == pytest.approx(-3.0)
+    assert not rounded_MD[1].float().any()
+
+
+@pytest.mark.parametrize("inputs", [GROUP, 3 * GROUP, GROUP + 5])
+def test_int4_weights_are_off_by_half_a_step_at_most(inputs: int) -> None:
+    torch.manual_seed(0)
+    weight_OD = torch.randn(8, inputs) * torch.logspace(-2, 2, 8)[:, None]
+    layer = Int4Linear(inputs, 8, bias=False)
+    layer.load_state_dict(int4_groups(weight_OD))
+    step_OD = layer.get_buffer("scale_OG").float().repeat_interleave(GROUP, dim=1)[:, :inputs]
+    inside_OD = weight_OD.abs() <= 7.5 * step_OD  # what is beyond was cut off for the sake of the others
+    assert inside_OD.float().mean() > 0.9
+    assert bool(((layer.weight() - weight_OD).abs()[inside_OD] <= 0.5001 * step_OD[inside_OD]).all())
+    x_MD = torch.randn(3, inputs)
+    torch.testing.assert_close(layer(x_MD), x_MD @ layer.weight().t())
+
+
+def test_the_scale_of_a_group_is_better_than_that_of_its_largest_entry() -> None:
+    weight_OD = torch.randn(64, GROUP, generator=torch.Generator().manual_seed(0))
+    layer = Int4Linear(GROUP, 64, bias=False)
+    layer.load_state_dict(int4_groups(weight_OD))
+    step_O1 = weight_OD.abs().amax(dim=1, keepdim=True) / 7
+    plain_OD = (weight_OD / step_O1).round().clamp(-8, 7) * step_O1
+    assert (layer.weight() - weight_OD).square().sum() < 0.95 * (plain_OD - weight_OD).square().sum()
+
+
+@pytest.mark.parametrize(("step", "bytes_a_weight", "near"), [(Fp8Step(), 1.0, 0.99), (Int4Step(), 0.5, 0.95)])
+def test_networks_of_such_layers_are_small_and_near(
+    step: Fp8Step | Int4Step, bytes_a_weight: float, near: float
+) -> None:
+    given = bench()
+    made = apply(step, given.teacher, given)
+    before = sum(
+        p.numel() for n, p in given.teacher.encoder.blocks.named_parameters() if n.endswith("weight") and p.ndim == 2
+    )
+    held = sum(t.nbytes for n, t in made.encoder.blocks.named_buffers() if n.endswith(("weight_OD", "packed_OH")))
+    assert held == bytes_a_weight * before
+    history = History(torch.randint(1, 51, (20, 8), generator=torch.Generator().manual_seed(0)))
+    h_BD, expected_BD = made(history)[:, -1], given.teacher(history)[:, -1]
+    assert near < torch.cosine_similarity(h_BD, expected_BD).mean() < 1 - 1e-5
+
+
+def test_mistakes_are_told() -> None:
+    odd = bench(width=24)
+    with pytest.raises(ConfigError, match="fp8_linear needs layers of a multiple of 16"):
+        apply(Fp8Step(), odd.teacher, odd)
+    given = bench()
+    with pytest.raises(ConfigError, match="in int4_weights already"):
+        apply(Int8Step(), apply(Int4Step(), given.teacher, given), given)
+    with pytest.raises(ConfigError, match="not on 'mps'"):
+        apply(Fp8Step(), given.teacher, replace(given, device="mps"))
+
+
+def test_an_older_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    with pytest.raises(ConfigError, match=r"capability 8\.9 or more and this one has 8\.0; compress to int8_linear"):
+        check_fp8(torch.device("cuda"))
