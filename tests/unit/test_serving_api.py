@@ -97,7 +97,7 @@ def test_an_answer_carries_items_version_and_timings(app: FastAPI) -> None:
     assert body["source"] == "model"
     assert body["model_version"] == "tiny:3"
     assert body["history_length"] == 2
-    assert set(body["timings_ms"]) == {"history", "encode", "retrieve", "postprocess", "queue", "total"}
+    assert set(body["timings_ms"]) == {"history", "encode", "retrieve", "rank", "postprocess", "queue", "total"}
     assert body["timings_ms"]["total"] >= sum(body["timings_ms"][stage] for stage in ("history", "encode", "retrieve"))
 
 
@@ -187,7 +187,16 @@ def test_our_own_bug_is_a_problem_without_a_trace(service: Service) -> None:
 
 def test_openapi_names_every_route_its_limits_and_the_key(app: FastAPI) -> None:
     document = call(app, "GET", "/openapi.json").json()
-    assert set(document["paths"]) == {"/v1/recommend", "/v1/events", "/v1/items/{item_id}", "/healthz", "/readyz"}
+    assert set(document["paths"]) == {
+        "/v1/recommend",
+        "/v1/recommend:batch",
+        "/v1/search",
+        "/v1/events",
+        "/v1/items/{item_id}",
+        "/v1/items/{item_id}/similar",
+        "/healthz",
+        "/readyz",
+    }
     request = document["components"]["schemas"]["RecommendRequest"]
     assert request["properties"]["k"] == {"type": "integer", "minimum": 1, "maximum": 200, "default": 10, "title": "K"}
     assert request["additionalProperties"] is False

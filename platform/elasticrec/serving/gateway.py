@@ -7,9 +7,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from concurrent.futures import Executor
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Security
 from fastapi.exceptions import RequestValidationError
@@ -25,22 +24,24 @@ from elasticrec.serving.api import (
     EventsRequest,
     EventsResponse,
     HealthResponse,
-    ItemNotFoundError,
-    ItemResponse,
     Problem,
-    RecommendedItem,
-    RecommendRequest,
-    RecommendResponse,
     UnavailableError,
     problem,
 )
 from elasticrec.serving.auth import KeyRing
 from elasticrec.serving.batcher import Batcher
-from elasticrec.serving.catalogue import Catalogue
-from elasticrec.serving.events import EventStore, EventStoreError, StoredEvent
+from elasticrec.serving.events import EventStoreError, StoredEvent
 from elasticrec.serving.guard import Guard, ProblemResponse, respond
 from elasticrec.serving.history import Request
+from elasticrec.serving.item_routes import add_items
+from elasticrec.serving.items import ItemStoreError
 from elasticrec.serving.postprocess import Recommendation
+from elasticrec.serving.recommend_routes import add_recommendations
+from elasticrec.serving.search_routes import add_search
+from elasticrec.serving.service import Service
+from elasticrec.serving.timings import timings
+
+__all__ = ["Service", "create_app", "in_thread"]
 
 MAX_EVENT_BATCH = 256  # requests whose events share one commit
 READY_TIMEOUT_S = 5.0
@@ -58,33 +59,6 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         503: "The model or the event store does not answer; try again",
     }.items()
 }
-
-
-class Versioned(Protocol):
-    """What every recommender shows besides its answers."""
-
-    version: str
-    catalogue: Catalogue
-
-
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    """What the routes call. Model batches go through `recommend`, events through one thread of their own."""
-
-    model: Versioned
-    recommend: Callable[[Sequence[Request]], Awaitable[Sequence[Recommendation]]]
-    events: EventStore
-    max_batch: int = 64
-    batches_in_flight: int = 1
-    event_thread: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="events"))
-
-    def append(self, batches: Sequence[Sequence[StoredEvent]]) -> Awaitable[Sequence[None]]:
-        """Keeps the events of several requests in one commit."""
-        return asyncio.get_running_loop().run_in_executor(self.event_thread, self._append, batches)
-
-    def _append(self, batches: Sequence[Sequence[StoredEvent]]) -> Sequence[None]:
-        self.events.append([event for batch in batches for event in batch])
-        return [None] * len(batches)
 
 
 def in_thread(
@@ -107,8 +81,8 @@ def create_app(service: Service, keys: KeyRing | None) -> FastAPI:
         responses=_PROBLEMS,
         redoc_url=None,
     )
-    app.include_router(_recommendations(service))
-    app.include_router(_items(service))
+    app.include_router(_product(service))
+    app.include_router(_events(service))
     app.include_router(_health(service))
     _add_problems(app)
     app.add_middleware(Guard, keys=keys)
@@ -120,28 +94,18 @@ def _protected() -> APIRouter:
     return APIRouter(prefix="/v1", dependencies=[Security(HTTPBearer(auto_error=False, description="an API key"))])
 
 
-def _recommendations(service: Service) -> APIRouter:
+def _product(service: Service) -> APIRouter:
     router = _protected()
     questions = Batcher(service.recommend, max_batch=service.max_batch, in_flight=service.batches_in_flight)
-    writes = Batcher(service.append, max_batch=MAX_EVENT_BATCH)
+    add_recommendations(router, service, questions)
+    add_search(router, service, questions)
+    add_items(router, service, questions)
+    return router
 
-    @router.post("/recommend", response_model=RecommendResponse, summary="Items that a user may want next")
-    async def recommend(body: RecommendRequest) -> Response:
-        started_s = time.perf_counter()
-        answer = await questions.submit(
-            Request(k=body.k, user_id=body.user_id, history=tuple(body.history or ()), exclude=tuple(body.exclude))
-        )
-        response = RecommendResponse.model_construct(
-            items=[
-                RecommendedItem.model_construct(item_id=item.item_id, title=item.title, score=item.score)
-                for item in answer.items
-            ],
-            source=answer.source,
-            model_version=service.model.version,
-            history_length=answer.history_length,
-            timings_ms=_timings(started_s, answer.timings_ms),
-        )
-        return _json(response)
+
+def _events(service: Service) -> APIRouter:
+    router = _protected()
+    writes = Batcher(service.append, max_batch=MAX_EVENT_BATCH)
 
     @router.post("/events", response_model=EventsResponse, summary="Keep what users did")
     async def events(body: EventsRequest) -> Response:
@@ -152,34 +116,7 @@ def _recommendations(service: Service) -> APIRouter:
             accepted=len(body.events),
             unknown_items=unknown,
             model_version=service.model.version,
-            timings_ms=_timings(started_s, {}),
-        )
-        return _json(response)
-
-    return router
-
-
-def _items(service: Service) -> APIRouter:
-    router = _protected()
-
-    @router.get(
-        "/items/{item_id:path}",
-        response_model=ItemResponse,
-        responses={404: {"model": Problem, "description": "No such item"}},
-        summary="What the catalogue knows of an item",
-    )
-    async def item(item_id: str) -> Response:
-        started_s = time.perf_counter()
-        found = service.model.catalogue.find(item_id)
-        if found is None:
-            raise ItemNotFoundError("the catalogue of this model has no item with this id")
-        response = ItemResponse(
-            item_id=found.item_id,
-            title=found.title,
-            categories=list(found.categories),
-            interactions=found.count,
-            model_version=service.model.version,
-            timings_ms=_timings(started_s, {}),
+            timings_ms=timings(started_s, {}),
         )
         return _json(response)
 
@@ -217,6 +154,11 @@ def _add_problems(app: FastAPI) -> None:
     async def event_store_error(_: HttpRequest, error: EventStoreError) -> Response:
         _LOGGER.error("%s", error)
         return respond(UnavailableError("the event store does not answer"))
+
+    @app.exception_handler(ItemStoreError)
+    async def item_store_error(_: HttpRequest, error: ItemStoreError) -> Response:
+        _LOGGER.error("%s", error)
+        return respond(UnavailableError("the item store does not answer"))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: HttpRequest, error: RequestValidationError) -> Response:
@@ -260,13 +202,6 @@ def _stored(body: EventsRequest) -> list[StoredEvent]:
         )
         for event in body.events
     ]
-
-
-def _timings(started_s: float, stages_ms: dict[str, float]) -> dict[str, float]:
-    """Stages, `total`, and `queue`: what is in no stage, which is waiting for the batch before and the hops."""
-    total_ms = 1e3 * (time.perf_counter() - started_s)
-    queue = {"queue": max(0.0, total_ms - sum(stages_ms.values()))} if stages_ms else {}
-    return {name: round(value, 3) for name, value in (stages_ms | queue | {"total": total_ms}).items()}
 
 
 def _json(body: BaseModel) -> Response:

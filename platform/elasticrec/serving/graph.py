@@ -6,6 +6,7 @@ The only module of serving that knows Ray.
 """
 
 import asyncio
+import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,13 +29,23 @@ from elasticrec.artifact.registry import resolve_reference
 from elasticrec.serving.api import UnavailableError
 from elasticrec.serving.auth import KeyRing, require_loopback
 from elasticrec.serving.events import SeedConfig, SqliteConfig, SqliteEventStore, seed_from
-from elasticrec.serving.gateway import Service, create_app, in_thread
+from elasticrec.serving.gateway import Service, create_app
+from elasticrec.serving.items import SqliteItemStore
 from elasticrec.serving.placement import require_one_host
-from elasticrec.serving.recommender import Recommender, SplitRecommender
-from elasticrec.serving.scorer import Candidates, Question, Scorer
+from elasticrec.serving.prior import PriorConfig
+from elasticrec.serving.question import Candidates, Question
+from elasticrec.serving.recommender import Recommender, SplitRecommender, make_scorer
+from elasticrec.serving.search import SearchConfig
+from elasticrec.serving.setup import StagesConfig, check_stages
 
 _LOGGER = logging.getLogger("ray.serve")
 _BATCHES_PER_MODEL = 2  # one is computed while the next one travels
+
+
+def _parsed(value: Any) -> Any:
+    """`serve run` gives text: JSON, or nothing."""
+    return json.loads(value or "{}") if isinstance(value, str) else value
+
 
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
 
@@ -51,6 +62,14 @@ class Args(BaseModel):
     events: Path = Field(default=Path("runs/serving/events.sqlite"), description="SQLite file on a local disk")
     seed: OptionalPath = Field(default=None, description="prepared data set whose events known users start with")
     keys: OptionalPath = Field(default=None, description="key file; without one only loopback addresses are served")
+    stages: Annotated[dict[str, str], BeforeValidator(_parsed)] = Field(
+        default={}, description='classes in place of ours, {"rank": "shop.mine:Ranker"}'
+    )
+    remove_seen: bool | None = Field(default=None, description="left out: as the bundle was trained and measured")
+    debias: float = Field(default=0.0, ge=0, le=2, description="how much of popularity is taken out of the odds")
+    freshness: float = Field(default=0.0, ge=0, le=20, description="added to the score of a brand-new item")
+    half_life_days: float = Field(default=14.0, gt=0, description="after which half of the freshness is left")
+    search_taste: float = Field(default=0.3, ge=0, le=1, description="what taste counts beside the text of a search")
     threads: int = Field(default=1, ge=1, le=256, description="threads of torch in each model replica")
     num_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a model replica")
     gateway_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a gateway (split only)")
@@ -58,14 +77,21 @@ class Args(BaseModel):
     max_ongoing_requests: int = Field(default=256, ge=1, description="a replica works on at most so many at once")
     max_queued_requests: int = Field(default=512, ge=-1, description="beyond these the answer is 429; -1: no limit")
 
+    @property
+    def how(self) -> StagesConfig:
+        """How answers are made."""
+        prior = PriorConfig(debias=self.debias, freshness=self.freshness, half_life_days=self.half_life_days)
+        return StagesConfig(classes=self.stages, remove_seen=self.remove_seen, prior=prior)
+
 
 def app(args: Args) -> Application:
     """The application. A label is resolved here, once, so that all replicas hold the same version.
 
     Raises:
-        ConfigError: the keys cannot be read.
+        ConfigError: the keys cannot be read, or a stage cannot be found.
         BundleError, RegistryError: there is no such bundle.
     """
+    check_stages(args.how)
     placed = _place(args)
     if placed.topology == "fused":
         return _deploy(FusedReplica, _ingress_options(placed, placed.replicas, placed.num_cpus), placed)
@@ -80,9 +106,20 @@ class FusedReplica:
         torch.set_num_threads(args.threads)  # Ray's OMP_NUM_THREADS follows num_cpus, which may be a fraction
         keys = _open_keys(args)
         events = _open_events(args, args.replicas, args.num_cpus)
-        model = Recommender(open_bundle(args.bundle), events)
-        recommend = in_thread(model.recommend, ThreadPoolExecutor(1, thread_name_prefix="model"))
-        self._app = create_app(Service(model=model, recommend=recommend, events=events, max_batch=args.max_batch), keys)
+        items = SqliteItemStore(args.events)
+        model = Recommender(open_bundle(args.bundle), events, items=items, stages=args.how)
+        recommend = model.answering(
+            ThreadPoolExecutor(1, thread_name_prefix="model"), ThreadPoolExecutor(1, thread_name_prefix="history")
+        )
+        service = Service(
+            model=model,
+            recommend=recommend,
+            events=events,
+            items=items,
+            search=SearchConfig(taste=args.search_taste),
+            max_batch=args.max_batch,
+        )
+        self._app = create_app(service, keys)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
@@ -93,7 +130,7 @@ class ModelReplica:
 
     def __init__(self, args: Args) -> None:
         torch.set_num_threads(args.threads)
-        self._scorer = Scorer(open_bundle(args.bundle).network())
+        self._scorer = make_scorer(open_bundle(args.bundle), args.how)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
 
     async def score(self, question: Question) -> Candidates:
@@ -107,13 +144,15 @@ class GatewayReplica:
         keys = _open_keys(args)
         events = _open_events(args, args.gateways, args.gateway_cpus)
         self._model = model
-        split = SplitRecommender(
-            open_bundle(args.bundle), events, self._score, ThreadPoolExecutor(1, thread_name_prefix="history")
-        )
+        items = SqliteItemStore(args.events)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="history")
+        split = SplitRecommender(open_bundle(args.bundle), events, self._score, thread, items, args.how)
         service = Service(
             model=split,
             recommend=split.recommend,
             events=events,
+            items=items,
+            search=SearchConfig(taste=args.search_taste),
             max_batch=args.max_batch,
             batches_in_flight=_BATCHES_PER_MODEL * args.replicas,
         )

@@ -1,0 +1,43 @@
+"""A place in a list of answers in, an opaque token out, and back; a token belongs to one question and one model."""
+
+import base64
+import binascii
+import hashlib
+from typing import Final
+
+from elasticrec.serving.api import ApiError
+
+_DIGEST_BYTES: Final = 8
+
+
+class CursorError(ApiError):
+    """Not a cursor of this question."""
+
+    status = 422
+    kind = "invalid-cursor"
+    title = "The cursor does not fit"
+
+
+def encode_cursor(offset: int, question: str) -> str:
+    """`question`: all that decides the order of the answers."""
+    raw = offset.to_bytes(4, "big") + _digest(question)
+    return base64.urlsafe_b64encode(raw).decode()
+
+
+def decode_cursor(cursor: str, question: str) -> int:
+    """The offset.
+
+    Raises:
+        CursorError: it was made for another question, or by another model.
+    """
+    try:
+        raw = base64.b64decode(cursor.encode(), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        raw = b""
+    if raw[4:] != _digest(question):
+        raise CursorError("this cursor is of another question or another model version; ask without one to start over")
+    return int.from_bytes(raw[:4], "big")
+
+
+def _digest(question: str) -> bytes:
+    return hashlib.blake2b(question.encode(), digest_size=_DIGEST_BYTES).digest()
