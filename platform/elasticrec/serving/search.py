@@ -88,7 +88,7 @@ class TextIndex:
         """Takes out the known ones, and puts in those that may be shown."""
         writer = self._index.writer(_WRITER_BYTES, 1)
         for index in known:
-            writer.delete_documents_by_term("index", index)
+            writer.delete_documents_by_query(tantivy.Query.term_query(self._schema, "index", index))
         for index in indices:
             if index not in view.withdrawn:
                 writer.add_document(_document(index, view.item(index)))
@@ -108,7 +108,8 @@ class TextIndex:
     def _word(self, word: str, *, at_end: bool) -> Any:
         """`at_end`: the user may not have typed it to its end."""
         boost = tantivy.Query.boost_query
-        ways = [boost(self._term("title", word), _EXACT), boost(self._term("category", word), _CATEGORY)]
+        category = tantivy.Query.const_score_query(self._term("category", word), _CATEGORY)
+        ways = [boost(self._term("title", word), _EXACT), category]
         if at_end:
             ways.append(boost(self._near(word, edits=0, prefix=True), _PREFIX))
         if len(word) >= _TYPO_CHARACTERS:
