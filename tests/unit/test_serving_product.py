@@ -21,7 +21,7 @@ from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.serving.caching import matches, takes_gzip
 from elasticrec.serving.events import SqliteConfig, SqliteEventStore
-from elasticrec.serving.gateway import Service, create_app
+from elasticrec.serving.gateway import Service, create_app, in_thread
 from elasticrec.serving.items import SqliteItemStore
 from elasticrec.serving.recommender import Recommender
 
@@ -53,8 +53,8 @@ def serve(folder: Path, bundle: Bundle) -> Iterator[FastAPI]:
     store = SqliteEventStore(SqliteConfig(path=folder / "events.sqlite"))
     items = SqliteItemStore(folder / "events.sqlite")
     model = Recommender(bundle, store, items=items)
-    with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(1) as other, ThreadPoolExecutor(1) as event_thread:
-        recommend = model.answering(thread, other)
+    with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(1) as event_thread:
+        recommend = in_thread(model.recommend, thread)
         yield create_app(
             Service(model=model, recommend=recommend, events=store, items=items, event_thread=event_thread), None
         )

@@ -81,8 +81,8 @@ class Catalogue:
 
     def indices(self, item_ids: Iterable[str]) -> Int32:
         """Indices of those ids that are known, in their order: int32 (known,)."""
-        find = self._index_of.get
-        return np.fromiter((index for item_id in item_ids if (index := find(item_id))), dtype=np.int32)
+        found = [index for index in map(self._index_of.get, item_ids) if index]
+        return np.array(found, dtype=np.int32)
 
     def popular(self, k: int, blocked: Int32) -> Int32:
         """The k most popular items that are not blocked: int32 (at most k,)."""

@@ -21,7 +21,7 @@ class Encoding:
     def encode(self, question: Question) -> Tensor:
         """float32 (B, D)."""
         if question.past is not None:
-            return self._network.head.query(self._network(History.of(question.past))[:, -1])
+            return self._network.head.query(self._network.newest(History.of(question.past)))
         assert question.like_B is not None
         item_B = torch.from_numpy(question.like_B)
         row_BD: Tensor = self._network.encoder.items(item_B)

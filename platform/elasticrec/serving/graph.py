@@ -29,7 +29,7 @@ from elasticrec.artifact.registry import resolve_reference
 from elasticrec.serving.api import UnavailableError
 from elasticrec.serving.auth import KeyRing, require_loopback
 from elasticrec.serving.events import SeedConfig, SqliteConfig, SqliteEventStore, seed_from
-from elasticrec.serving.gateway import Service, create_app
+from elasticrec.serving.gateway import Service, create_app, in_thread
 from elasticrec.serving.items import SqliteItemStore
 from elasticrec.serving.placement import require_one_host
 from elasticrec.serving.prior import PriorConfig
@@ -108,9 +108,7 @@ class FusedReplica:
         events = _open_events(args, args.replicas, args.num_cpus)
         items = SqliteItemStore(args.events)
         model = Recommender(open_bundle(args.bundle), events, items=items, stages=args.how)
-        recommend = model.answering(
-            ThreadPoolExecutor(1, thread_name_prefix="model"), ThreadPoolExecutor(1, thread_name_prefix="history")
-        )
+        recommend = in_thread(model.recommend, ThreadPoolExecutor(1, thread_name_prefix="model"))
         service = Service(
             model=model,
             recommend=recommend,

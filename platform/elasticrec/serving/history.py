@@ -131,7 +131,7 @@ class Histories:
         remove_seen = self._remove_seen if request.remove_seen is None else request.remove_seen
         if not inputs.times and not inputs.events:
             stored = [] if request.user_id is None else self._events.history(request.user_id, limit)
-            items = UserEvents(item_S=_of_model(view, [*stored, *request.history]))
+            items = UserEvents(item_S=view.catalogue.indices([*stored, *request.history]))
         else:
             events = [] if request.user_id is None else self._events.newest(request.user_id, limit)
             stored = [event.item_id for event in events]
@@ -139,10 +139,12 @@ class Histories:
         newest = items.pick(slice(-self._encoder.max_length, None))
         if not remove_seen:
             return newest, view.indices(request.exclude)
-        seen = set(stored)  # which is all there is, unless the limit was reached
-        if request.user_id is not None and len(stored) >= limit:
+        if request.user_id is not None and len(stored) >= limit:  # there may be more
             seen = self._events.seen(request.user_id)
-        return newest, view.indices(seen.union(request.history, request.exclude))
+            return newest, view.indices(seen.union(request.history, request.exclude))
+        if view.added:
+            return newest, view.indices([*stored, *request.history, *request.exclude])
+        return newest, np.concatenate([items.item_S, view.catalogue.indices(request.exclude)])
 
     def _with_times(self, request: Request, events: Sequence[StoredEvent], view: View) -> UserEvents:
         now_s = int(time.time())
@@ -230,10 +232,6 @@ def _bonuses(request: Request, view: View) -> tuple[Int64, Float32]:
     bonus_N = np.repeat([math.log(factor) for _, factor in pieces], [len(items) for items, _ in pieces])
     item_M, place_N = np.unique(item_N, return_inverse=True)
     return item_M, np.bincount(place_N, weights=bonus_N, minlength=len(item_M)).astype(np.float32)
-
-
-def _of_model(view: View, item_ids: Sequence[str]) -> Int32:
-    return view.catalogue.indices(item_ids)
 
 
 def _event_types(encoder: AnyEncoder) -> Sequence[str]:

@@ -26,8 +26,8 @@ from elasticrec.serving.postprocess import Recommendation
 from elasticrec.serving.service import Service
 from elasticrec.serving.timings import timings
 
-BULK_USERS: Final = 128  # users of a batch request that go through the model together
-BULK_IN_FLIGHT: Final = 3  # one is prepared, one in the model, one written
+BULK_USERS: Final = 64  # users of a batch request that go through the model together; single requests wait for them
+BULK_IN_FLIGHT: Final = 2  # one is in the model, one written; where the stages are apart, each has one
 
 
 def add_recommendations(router: APIRouter, service: Service, questions: Batcher[Request, Recommendation]) -> None:

@@ -6,7 +6,6 @@ The stages in one process (`Recommender`) or with the network elsewhere (`SplitR
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from typing import Final
 
 from elasticrec.artifact.bundle import Bundle
 from elasticrec.config import from_mapping
@@ -23,9 +22,6 @@ from elasticrec.serving.question import Candidates, Question
 from elasticrec.serving.scorer import Scorer
 from elasticrec.serving.search import TextIndex
 from elasticrec.serving.setup import GatewaySetup, ModelSetup, StagesConfig, find_stage, removes_seen
-
-_FEW: Final = 16  # answers that are finished quicker than a thread is asked
-_ONE_HOP: Final = 64
 
 
 class Recommender:
@@ -64,22 +60,6 @@ class Recommender:
         )
         return self.gateway.finish(prepared, candidates, likes)
 
-    def answering(
-        self, model: Executor, others: Executor
-    ) -> Callable[[Sequence[Request]], Awaitable[list[Recommendation]]]:
-        """`recommend` for an event loop: a small batch takes one hop to the thread of the model; the stages of large
-        ones take turns with those of the next, so that the network never waits for a history."""
-
-        async def score(question: Question) -> Candidates:
-            return await asyncio.get_running_loop().run_in_executor(model, self.scorer.score, question)
-
-        async def run(requests: Sequence[Request]) -> list[Recommendation]:
-            if len(requests) <= _ONE_HOP:
-                return await asyncio.get_running_loop().run_in_executor(model, self.recommend, requests)
-            return await in_turn(self.gateway, score, others, requests)
-
-        return run
-
 
 class SplitRecommender:
     """The same answers; the network's stages are asked for elsewhere, one call a batch."""
@@ -103,7 +83,13 @@ class SplitRecommender:
 
     async def recommend(self, requests: Sequence[Request]) -> list[Recommendation]:
         """Answers in the order of the requests; raises what `score` raises."""
-        return await in_turn(self.gateway, self._score, self._executor, requests)
+        loop = asyncio.get_running_loop()
+        prepared = await loop.run_in_executor(self._executor, self.gateway.prepare, requests)
+        candidates, likes = [
+            None if question is None else await self._score(question)
+            for question in (prepared.question, prepared.likes)
+        ]
+        return self.gateway.finish(prepared, candidates, likes)
 
 
 class Gateway:
@@ -136,23 +122,6 @@ class Gateway:
         """Answers in the order of the requests."""
         answers: list[Recommendation] = self._postprocess.finish(prepared, candidates, likes)
         return answers
-
-
-async def in_turn(
-    gateway: Gateway,
-    score: Callable[[Question], Awaitable[Candidates]],
-    executor: Executor,
-    requests: Sequence[Request],
-) -> list[Recommendation]:
-    """Prepares in a thread of `executor`, asks `score`, finishes in that thread: several batches overlap."""
-    loop = asyncio.get_running_loop()
-    prepared = await loop.run_in_executor(executor, gateway.prepare, requests)
-    candidates, likes = [
-        None if question is None else await score(question) for question in (prepared.question, prepared.likes)
-    ]
-    if len(requests) <= _FEW:
-        return gateway.finish(prepared, candidates, likes)
-    return await loop.run_in_executor(executor, gateway.finish, prepared, candidates, likes)
 
 
 def make_scorer(bundle: Bundle, config: StagesConfig, network: Network | None = None) -> Scorer:
