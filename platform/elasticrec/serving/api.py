@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from elasticrec.errors import ElasticRecError
 from elasticrec.serving.filters import Filters, Name, Value
@@ -17,7 +17,7 @@ MAX_BOOSTS: Final = 100
 MAX_FACTOR: Final = 1_000.0
 MAX_BATCH_USERS: Final = 10_000
 MAX_BATCH_ITEMS: Final = 200_000  # users times k
-MAX_CURSOR_CHARACTERS: Final = 64
+CURSOR: Final = "^[A-Za-z0-9_-]{16}$"
 MAX_QUERY_CHARACTERS: Final = 256
 MAX_TITLE_CHARACTERS: Final = 1_000
 MAX_ITEM_CATEGORIES: Final = 100
@@ -31,10 +31,29 @@ PROBLEM_TYPE: Final = "https://elasticrec.dev/problems/"  # a name, not a page t
 Id = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID_CHARACTERS)]
 
 
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 5.0 is 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Seconds = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MAX_TIMESTAMP_S)]  # since the epoch
+
+
+def _needs(name: str, kind: str) -> dict[str, Any]:
+    """JSON Schema of an object that has this field, and not as null."""
+    return {"required": [name], "properties": {name: {"type": kind}}}
+
+
 class Boost(BaseModel):
     """Multiplies the odds of an item, or of all items of a category; below 1 it holds them back."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        json_schema_extra={"oneOf": [_needs("item_id", "string"), _needs("category", "string")]},
+    )
 
     item_id: Id | None = None
     category: Name | None = None
@@ -52,7 +71,7 @@ class Wishes(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    k: int = Field(default=10, ge=1, le=MAX_K)
+    k: Whole = Field(default=10, ge=1, le=MAX_K)
     exclude: list[Id] = Field(default=[], max_length=MAX_EXCLUDE, description="item ids that are not to be returned")
     filters: Filters | None = Field(default=None, description="what items must be; k are found whenever there are")
     boosts: list[Boost] = Field(default=[], max_length=MAX_BOOSTS)
@@ -67,12 +86,22 @@ class Wishes(BaseModel):
 class RecommendRequest(Wishes):
     """Whom to recommend to: a known user, an anonymous history, or both (the history then comes last)."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [_needs("user_id", "string"), _needs("history", "array")],
+            "not": {
+                "required": ["cursor", "offset"],
+                "properties": {"cursor": {"type": "string"}, "offset": {"exclusiveMinimum": 0}},
+            },
+        }
+    )
+
     user_id: Id | None = None
     history: list[Id] | None = Field(default=None, max_length=MAX_HISTORY, description="item ids, oldest first")
-    offset: int = Field(default=0, ge=0, le=MAX_OFFSET, description="items to skip")
+    offset: Whole = Field(default=0, ge=0, le=MAX_OFFSET, description="items to skip")
     cursor: str | None = Field(
         default=None,
-        max_length=MAX_CURSOR_CHARACTERS,
+        pattern=CURSOR,
         description="`next_cursor` of the page before; the rest alike",
     )
 
@@ -170,10 +199,8 @@ class PutItem(BaseModel):
     title: str | None = Field(default=None, max_length=MAX_TITLE_CHARACTERS)
     categories: list[Name] = Field(default=[], max_length=MAX_ITEM_CATEGORIES)
     attributes: dict[Name, Value] = Field(default={}, max_length=MAX_ITEM_ATTRIBUTES)
-    published: int | None = Field(
-        default=None, ge=0, le=MAX_TIMESTAMP_S, description="seconds since the epoch, for freshness"
-    )
-    interactions: int = Field(
+    published: Seconds | None = Field(default=None, description="seconds since the epoch, for freshness")
+    interactions: Whole = Field(
         default=0, ge=0, le=MAX_TIMESTAMP_S, description="where a new item stands among the popular ones"
     )
 
@@ -186,9 +213,7 @@ class Event(BaseModel):
     user_id: Id
     item_id: Id
     event_type: Id | None = None
-    timestamp: int | None = Field(
-        default=None, ge=0, le=MAX_TIMESTAMP_S, description="seconds since the epoch; now when left out"
-    )
+    timestamp: Seconds | None = Field(default=None, description="seconds since the epoch; now when left out")
 
 
 class EventsRequest(BaseModel):

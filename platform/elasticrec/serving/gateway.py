@@ -24,12 +24,14 @@ from elasticrec.serving.api import (
     EventsRequest,
     EventsResponse,
     HealthResponse,
+    MissingQueryError,
     Problem,
     UnavailableError,
     problem,
 )
 from elasticrec.serving.auth import KeyRing
 from elasticrec.serving.batcher import Batcher
+from elasticrec.serving.document import documented
 from elasticrec.serving.events import EventStoreError, StoredEvent
 from elasticrec.serving.guard import Guard, ProblemResponse, respond
 from elasticrec.serving.history import Request
@@ -45,6 +47,7 @@ __all__ = ["Service", "create_app", "in_thread"]
 
 MAX_EVENT_BATCH = 256  # requests whose events share one commit
 READY_TIMEOUT_S = 5.0
+_NO_TEXT = ("missing", "string_pattern_mismatch")
 _MAX_SHOWN_ERRORS = 10
 _MAX_SHOWN_CHARACTERS = 200
 _LOGGER = logging.getLogger(__name__)
@@ -52,7 +55,7 @@ _LOGGER = logging.getLogger(__name__)
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text}
     for status, text in {
-        400: "The body is no JSON",
+        400: "The body is no JSON, or a search has no text",
         401: "No key, or an unknown one",
         413: "The body is too large",
         422: "A field does not fit; `errors` names each",
@@ -85,6 +88,7 @@ def create_app(service: Service, keys: KeyRing | None) -> FastAPI:
     app.include_router(_events(service))
     app.include_router(_health(service))
     _add_problems(app)
+    app.openapi = documented(app)  # type: ignore[method-assign]
     app.add_middleware(Guard, keys=keys)
     return app
 
@@ -162,6 +166,8 @@ def _add_problems(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: HttpRequest, error: RequestValidationError) -> Response:
+        if any(entry["loc"] == ("query", "q") and entry["type"] in _NO_TEXT for entry in error.errors()):
+            return respond(MissingQueryError("give q, the text to search for; /v1/recommend needs none"))
         return ProblemResponse(_invalid(error))
 
     @app.exception_handler(HTTPException)

@@ -14,6 +14,7 @@ from elasticrec.serving.api import (
     MAX_OFFSET,
     BatchRequest,
     BatchResponse,
+    Problem,
     RecommendRequest,
     RecommendResponse,
     Wishes,
@@ -33,7 +34,12 @@ BULK_IN_FLIGHT: Final = 2  # one is in the model, one written; where the stages 
 def add_recommendations(router: APIRouter, service: Service, questions: Batcher[Request, Recommendation]) -> None:
     """`POST /recommend` and `POST /recommend:batch`."""
 
-    @router.post("/recommend", response_model=RecommendResponse, summary="Items that a user may want next")
+    @router.post(
+        "/recommend",
+        response_model=RecommendResponse,
+        responses={409: {"model": Problem, "description": "The cursor is of another question or model version"}},
+        summary="Items that a user may want next",
+    )
     async def recommend(body: RecommendRequest) -> Response:
         started_s = time.perf_counter()
         question = _question_of(body, service.model.version) if body.cursor is not None else ""

@@ -13,7 +13,6 @@ from elasticrec.serving.api import (
     MAX_K,
     MAX_OFFSET,
     MAX_QUERY_CHARACTERS,
-    MissingQueryError,
     SearchResponse,
     UnavailableError,
 )
@@ -32,15 +31,13 @@ def add_search(router: APIRouter, service: Service, questions: Batcher[Request, 
 
     @router.get("/search", response_model=SearchResponse, summary="Items by their titles and categories")
     async def search(
-        q: Annotated[str | None, Query(max_length=MAX_QUERY_CHARACTERS, description="typos are forgiven")] = None,
+        q: Annotated[str, Query(max_length=MAX_QUERY_CHARACTERS, pattern=r"\S", description="typos are forgiven")],
         user_id: Annotated[str | None, Query(min_length=1, max_length=MAX_ID_CHARACTERS)] = None,
         k: Annotated[int, Query(ge=1, le=MAX_K)] = 10,
         offset: Annotated[int, Query(ge=0, le=MAX_OFFSET)] = 0,
         category: Annotated[list[Name] | None, Query(max_length=MAX_NAMES, description="one of them")] = None,
     ) -> Response:
         started_s = time.perf_counter()
-        if q is None or not q.strip():
-            raise MissingQueryError("give q, the text to search for; /v1/recommend needs none")
         limit = max(service.search.pool, offset + k)
         view, hits = await asyncio.to_thread(_hits, service, q, limit, category or [])
         stages_ms = {"text": 1e3 * (time.perf_counter() - started_s)}
