@@ -13,6 +13,7 @@ from elasticrec.cli.progress import bar
 from elasticrec.cli.service import ServiceError, answers, deploy, require_free
 from elasticrec.data.sequences import open_store
 from elasticrec.serving.auth import create_key, revoke_key
+from elasticrec.serving.stores import absolute
 
 PROBE_S, SILENT_PROBES = 5, 24
 DEFAULT_KEYS = Path("runs/serving/keys.json")
@@ -20,7 +21,7 @@ DEFAULT_KEYS = Path("runs/serving/keys.json")
 
 def run(
     bundle: Annotated[str, tyro.conf.Positional],
-    events: Path = Path("runs/serving/events.sqlite"),
+    events: str = "runs/serving/events.sqlite",
     seed: Path | None = None,
     keys: Path | None = None,
     topology: Literal["fused", "split"] = "fused",
@@ -32,7 +33,7 @@ def run(
 
     Args:
         bundle: folder, URI, or REGISTRY#NAME@LABEL.
-        events: SQLite file of the event store.
+        events: event store: an SQLite file, or redis://….
         seed: prepared data set whose events known users start with.
         keys: key file (`elasticrec serve key`); without one nobody is asked for a key.
         topology: stages in one replica, or HTTP apart from the model.
@@ -44,8 +45,8 @@ def run(
     open_bundle(resolve_reference(bundle))  # told now, not by replicas that fail to start
     if seed:
         open_store(seed)
-    paths = {"events": events, "seed": seed, "keys": keys}
-    arguments = {name: str(path.absolute()) for name, path in paths.items() if path}
+    paths = {"seed": seed, "keys": keys}
+    arguments = {name: str(path.absolute()) for name, path in paths.items() if path} | {"events": absolute(events)}
     arguments |= {"bundle": _absolute(bundle), "topology": topology, "replicas": str(replicas)}
     config = LocalClusterConfig(num_cpus=replicas + 1, train_slots=0, haproxy=haproxy, auth="token")
     with local_cluster(config) as cluster:

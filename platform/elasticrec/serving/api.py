@@ -50,6 +50,7 @@ class RecommendResponse(BaseModel):
 
     items: list[RecommendedItem]
     source: Literal["model", "popularity"] = Field(description="popularity: no item of the history is known")
+    degraded: bool = Field(default=False, description="the model is down or late; what is popular answers instead")
     model_version: str
     history_length: int = Field(description="known items that the answer was made from")
     timings_ms: dict[str, float] = Field(description="time of each stage; a batch shares encode and retrieve")
@@ -63,6 +64,7 @@ class Event(BaseModel):
     user_id: Id
     item_id: Id
     event_type: Id | None = None
+    event_id: Id | None = Field(default=None, description="the same one again, of the same user, is not kept twice")
     timestamp: int | None = Field(
         default=None, ge=0, le=MAX_TIMESTAMP_S, description="seconds since the epoch; now when left out"
     )
@@ -101,6 +103,7 @@ class HealthResponse(BaseModel):
 
     status: Literal["ok", "ready"]
     model_version: str
+    refused: list[str] = Field(default=[], description="bundles that this replica was told to serve and does not")
 
 
 class InvalidField(BaseModel):

@@ -6,7 +6,7 @@ Knows nothing of Ray: `graph` runs it in Serve replicas, tests and benchmarks ru
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -41,6 +41,7 @@ from elasticrec.serving.events import EventStore, EventStoreError, StoredEvent
 from elasticrec.serving.guard import Guard, ProblemResponse, respond
 from elasticrec.serving.history import Request
 from elasticrec.serving.postprocess import Recommendation
+from elasticrec.serving.users import users
 
 MAX_EVENT_BATCH = 256  # requests whose events share one commit
 READY_TIMEOUT_S = 5.0
@@ -63,8 +64,10 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 class Versioned(Protocol):
     """What every recommender shows besides its answers."""
 
-    version: str
-    catalogue: Catalogue
+    @property
+    def version(self) -> str: ...
+    @property
+    def catalogue(self) -> Catalogue: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,7 @@ class Service:
     events: EventStore
     max_batch: int = 64
     batches_in_flight: int = 1
+    refused: Callable[[], Iterable[str]] = tuple  # bundles that were asked for and do not answer
     event_thread: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="events"))
 
     def append(self, batches: Sequence[Sequence[StoredEvent]]) -> Awaitable[Sequence[None]]:
@@ -109,6 +113,7 @@ def create_app(service: Service, keys: KeyRing | None) -> FastAPI:
     )
     app.include_router(_recommendations(service))
     app.include_router(_items(service))
+    app.include_router(users(lambda: service.model.catalogue, service.events, service.event_thread))
     app.include_router(_health(service))
     _add_problems(app)
     app.add_middleware(Guard, keys=keys)
@@ -137,7 +142,8 @@ def _recommendations(service: Service) -> APIRouter:
                 for item in answer.items
             ],
             source=answer.source,
-            model_version=service.model.version,
+            degraded=answer.degraded,
+            model_version=answer.version or service.model.version,
             history_length=answer.history_length,
             timings_ms=_timings(started_s, answer.timings_ms),
         )
@@ -201,7 +207,10 @@ def _health(service: Service) -> APIRouter:
                 await service.recommend([Request(k=1, user_id="", history=(popular,))])
         except TimeoutError:
             raise UnavailableError(f"the model did not answer within {READY_TIMEOUT_S:g} s") from None
-        return HealthResponse(status="ready", model_version=service.model.version)
+        refused = [
+            "/".join(uri.rstrip("/").split("/")[-2:]) for uri in service.refused()
+        ]  # places are nobody's business
+        return HealthResponse(status="ready", model_version=service.model.version, refused=refused)
 
     return router
 
@@ -257,6 +266,7 @@ def _stored(body: EventsRequest) -> list[StoredEvent]:
             item_id=event.item_id,
             timestamp=now_s if event.timestamp is None else event.timestamp,
             event_type=event.event_type,
+            event_id=event.event_id,
         )
         for event in body.events
     ]

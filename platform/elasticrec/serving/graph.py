@@ -8,6 +8,7 @@ The only module of serving that knows Ray.
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,15 +24,21 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from elasticrec.artifact.bundle import open_bundle
-from elasticrec.artifact.registry import resolve_reference
+from elasticrec.artifact.bundle import Bundle, open_bundle
+from elasticrec.errors import BundleError
 from elasticrec.serving.api import UnavailableError
 from elasticrec.serving.auth import KeyRing, require_loopback
-from elasticrec.serving.events import SeedConfig, SqliteConfig, SqliteEventStore, seed_from
+from elasticrec.serving.events import EventStore, SeedConfig, seed_from
 from elasticrec.serving.gateway import Service, create_app, in_thread
+from elasticrec.serving.labels import rollout_of
 from elasticrec.serving.placement import require_one_host
 from elasticrec.serving.recommender import Recommender, SplitRecommender
+from elasticrec.serving.rollout import Rollout
 from elasticrec.serving.scorer import Candidates, Question, Scorer
+from elasticrec.serving.selfcheck import SelfCheck, check
+from elasticrec.serving.shelf import Shelf
+from elasticrec.serving.stores import absolute, is_shared, open_events
+from elasticrec.serving.versions import Loaded, Versions
 
 _LOGGER = logging.getLogger("ray.serve")
 _BATCHES_PER_MODEL = 2  # one is computed while the next one travels
@@ -48,29 +55,32 @@ class Args(BaseModel):
     topology: Literal["fused", "split"] = "fused"
     replicas: int = Field(default=1, ge=1, le=1_000, description="replicas that hold the model")
     gateways: int = Field(default=1, ge=1, le=1_000, description="replicas that speak HTTP (split only)")
-    events: Path = Field(default=Path("runs/serving/events.sqlite"), description="SQLite file on a local disk")
+    events: str = Field(default="runs/serving/events.sqlite", description="SQLite file on a local disk, or redis://…")
     seed: OptionalPath = Field(default=None, description="prepared data set whose events known users start with")
     keys: OptionalPath = Field(default=None, description="key file; without one only loopback addresses are served")
     threads: int = Field(default=1, ge=1, le=256, description="threads of torch in each model replica")
     num_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a model replica")
     gateway_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a gateway (split only)")
     max_batch: int = Field(default=64, ge=1, le=1_024)
+    max_latency_ms: float = Field(default=250.0, gt=0, description="a version that takes longer alone is refused")
     max_ongoing_requests: int = Field(default=256, ge=1, description="a replica works on at most so many at once")
     max_queued_requests: int = Field(default=512, ge=-1, description="beyond these the answer is 429; -1: no limit")
 
 
 def app(args: Args) -> Application:
-    """The application. A label is resolved here, once, so that all replicas hold the same version.
+    """The application. Labels are resolved here, once; then `user_config` says which versions all replicas hold.
 
     Raises:
         ConfigError: the keys cannot be read.
         BundleError, RegistryError: there is no such bundle.
     """
     placed = _place(args)
+    versions = {"user_config": rollout_of(args.bundle).plain()}
     if placed.topology == "fused":
-        return _deploy(FusedReplica, _ingress_options(placed, placed.replicas, placed.num_cpus), placed)
-    model = _deploy(ModelReplica, _model_options(placed), placed)
-    return _deploy(GatewayReplica, _ingress_options(placed, placed.gateways, placed.gateway_cpus), placed, model)
+        return _deploy(FusedReplica, _ingress_options(placed, placed.replicas, placed.num_cpus) | versions, placed)
+    model = _deploy(ModelReplica, _model_options(placed) | versions, placed)
+    options = _ingress_options(placed, placed.gateways, placed.gateway_cpus) | versions
+    return _deploy(GatewayReplica, options, placed, model)
 
 
 class FusedReplica:
@@ -80,24 +90,60 @@ class FusedReplica:
         torch.set_num_threads(args.threads)  # Ray's OMP_NUM_THREADS follows num_cpus, which may be a fraction
         keys = _open_keys(args)
         events = _open_events(args, args.replicas, args.num_cpus)
-        model = Recommender(open_bundle(args.bundle), events)
-        recommend = in_thread(model.recommend, ThreadPoolExecutor(1, thread_name_prefix="model"))
-        self._app = create_app(Service(model=model, recommend=recommend, events=events, max_batch=args.max_batch), keys)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="model")  # one for all versions: as many threads as CPUs
+
+        def load(uri: str) -> Loaded:
+            bundle = open_bundle(uri)
+            model = Recommender(bundle, events, _checked_scorer(bundle, args))
+            return Loaded(model=model, recommend=in_thread(model.recommend, thread))
+
+        self._versions = Versions(load)
+        service = Service(
+            model=self._versions,
+            recommend=self._versions.recommend,
+            events=events,
+            max_batch=args.max_batch,
+            refused=lambda: self._versions.refused,
+        )
+        self._app = create_app(service, keys)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        await self._versions.apply(Rollout.of(user_config))
+
+    async def rollout_state(self) -> dict[str, Any]:
+        return self._versions.state()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
 
 
 class ModelReplica:
-    """Encode and retrieve for whole batches: arrays in, arrays out."""
+    """Encode and retrieve for whole batches: arrays in, arrays out, by the version that the gateway names."""
 
     def __init__(self, args: Args) -> None:
         torch.set_num_threads(args.threads)
-        self._scorer = Scorer(open_bundle(args.bundle).network())
+        self._scorers: Shelf[Scorer] = Shelf(lambda uri: _checked_scorer(open_bundle(uri), args))
+        self._asked: Rollout | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
 
-    async def score(self, question: Question) -> Candidates:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._scorer.score, question)
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        wanted = Rollout.of(user_config)
+        await self._scorers.add(wanted.bundles)
+        if wanted.production in self._scorers:
+            self._scorers.keep(wanted.bundles)
+        elif self._asked is None:
+            raise BundleError(self._scorers.refused[wanted.production])
+        self._asked = wanted
+
+    async def rollout_state(self) -> dict[str, Any]:
+        assert self._asked is not None, "Serve calls reconfigure first"
+        return {"asked": self._asked.plain(), "refused": dict(self._scorers.refused)}
+
+    async def score(self, uri: str, question: Question) -> Candidates:
+        """Raises UnavailableError when this replica does not hold the version."""
+        if uri not in self._scorers:
+            raise UnavailableError(f"this replica does not hold '{uri}'")
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._scorers[uri].score, question)
 
 
 class GatewayReplica:
@@ -107,32 +153,50 @@ class GatewayReplica:
         keys = _open_keys(args)
         events = _open_events(args, args.gateways, args.gateway_cpus)
         self._model = model
-        split = SplitRecommender(
-            open_bundle(args.bundle), events, self._score, ThreadPoolExecutor(1, thread_name_prefix="history")
-        )
+        thread = ThreadPoolExecutor(1, thread_name_prefix="history")
+
+        def load(uri: str) -> Loaded:
+            split = SplitRecommender(open_bundle(uri), events, partial(self._score, uri), thread)
+            return Loaded(model=split, recommend=split.recommend)
+
+        self._versions = Versions(load)
         service = Service(
-            model=split,
-            recommend=split.recommend,
+            model=self._versions,
+            recommend=self._versions.recommend,
             events=events,
             max_batch=args.max_batch,
             batches_in_flight=_BATCHES_PER_MODEL * args.replicas,
+            refused=lambda: self._versions.refused,
         )
         self._app = create_app(service, keys)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        await self._versions.apply(Rollout.of(user_config))
+
+    async def rollout_state(self) -> dict[str, Any]:
+        return self._versions.state()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
 
-    async def _score(self, question: Question) -> Candidates:
+    async def _score(self, uri: str, question: Question) -> Candidates:
         try:
-            candidates: Candidates = await self._model.score.remote(question)
+            candidates: Candidates = await self._model.score.remote(uri, question)
         except (RayError, RayServeException) as error:
             _LOGGER.error("the model did not answer: %s", error)
             raise UnavailableError("the model does not answer; try again") from error
         return candidates
 
 
+def _checked_scorer(bundle: Bundle, args: Args) -> Scorer:
+    network = bundle.network()
+    scorer = Scorer(network)
+    check(bundle, network, scorer, SelfCheck(max_latency_ms=args.max_latency_ms))
+    return scorer
+
+
 def _place(args: Args) -> Args:
-    """The same arguments with absolute paths and one fixed bundle: replicas run in other folders."""
+    """The same arguments with absolute paths: replicas run in other folders. The bundle is in `user_config`."""
     keys = None if args.keys is None else args.keys.absolute()
     if keys is None:
         _LOGGER.warning(
@@ -142,8 +206,7 @@ def _place(args: Args) -> Args:
         KeyRing(keys)  # a missing or empty file is told here, not by replicas that fail to start
     return args.model_copy(
         update={
-            "bundle": resolve_reference(args.bundle),
-            "events": args.events.absolute(),
+            "events": absolute(args.events),
             "seed": None if args.seed is None else args.seed.absolute(),
             "keys": keys,
         }
@@ -166,6 +229,7 @@ def _options(args: Args, replicas: int, num_cpus: float) -> dict[str, Any]:
     return {
         "num_replicas": replicas,
         "max_ongoing_requests": args.max_ongoing_requests,
+        "max_surge_percent": 100,  # a replica's successor answers before it goes; it needs a free place
         "ray_actor_options": {"num_cpus": num_cpus},
     }
 
@@ -187,11 +251,12 @@ def _open_keys(args: Args) -> KeyRing | None:
     return None
 
 
-def _open_events(args: Args, replicas: int, num_cpus: float) -> SqliteEventStore:
+def _open_events(args: Args, replicas: int, num_cpus: float) -> EventStore:
     # Asked here and not in the builder, which `serve run` calls before it connects to Ray.
-    require_one_host(ray.nodes(), replicas, num_cpus)
-    events = SqliteEventStore(SqliteConfig(path=args.events))
+    if not is_shared(args.events):
+        require_one_host(ray.nodes(), replicas, num_cpus)
+    events = open_events(args.events)
     if args.seed is not None:
         added = seed_from(events, SeedConfig(data=args.seed))
-        _LOGGER.info("event store '%s': %d events loaded from '%s'", args.events, added, args.seed)
+        _LOGGER.info("event store: %d events loaded from '%s'", added, args.seed)
     return events

@@ -33,6 +33,8 @@ class Recommendation:
     source: Literal["model", "popularity"]
     history_length: int
     timings_ms: dict[str, float]
+    version: str = ""  # of the model that answered, where there are several
+    degraded: bool = False  # popularity answered in place of a model that is down or late
 
 
 def finish(prepared: Prepared, candidates: Candidates | None, catalogue: Catalogue) -> list[Recommendation]:
@@ -56,6 +58,19 @@ def finish(prepared: Prepared, candidates: Candidates | None, catalogue: Catalog
             )
         )
     return recommendations
+
+
+def popular(prepared: Prepared, catalogue: Catalogue) -> list[Recommendation]:
+    """Answers without the network: what is popular and not blocked, whatever is known of the user."""
+    return [
+        Recommendation(
+            items=_popular(background, catalogue),
+            source="popularity",
+            history_length=len(background.items),
+            timings_ms={"history": prepared.history_ms},
+        )
+        for background in prepared.backgrounds
+    ]
 
 
 def _best(background: Background, item_K: Int32, score_K: Float32, catalogue: Catalogue) -> tuple[Chosen, ...]:

@@ -13,19 +13,19 @@ from elasticrec.model.network import AnyEncoder, NetworkConfig
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.events import EventStore
 from elasticrec.serving.history import Histories, Request
-from elasticrec.serving.postprocess import Recommendation, finish
+from elasticrec.serving.postprocess import Recommendation, finish, popular
 from elasticrec.serving.scorer import Candidates, Question, Scorer
 
 
 class Recommender:
     """All stages over one bundle and one event store."""
 
-    def __init__(self, bundle: Bundle, events: EventStore) -> None:
-        """Raises BundleError when the bundle cannot be read."""
+    def __init__(self, bundle: Bundle, events: EventStore, scorer: Scorer | None = None) -> None:
+        """`scorer`: of the bundle's network, where one is loaded. Raises BundleError when the bundle cannot be read."""
         self.version = version_name(bundle)
         self.catalogue = Catalogue(bundle.items())
         self._histories = Histories(self.catalogue, events, encoder_of(bundle))
-        self._scorer = Scorer(bundle.network())
+        self._scorer = scorer or Scorer(bundle.network())
 
     def recommend(self, requests: Sequence[Request]) -> list[Recommendation]:
         """Answers in the order of the requests.
@@ -36,6 +36,10 @@ class Recommender:
         prepared = self._histories.prepare(requests)
         candidates = None if prepared.question is None else self._scorer.score(prepared.question)
         return finish(prepared, candidates, self.catalogue)
+
+    def popular(self, requests: Sequence[Request]) -> list[Recommendation]:
+        """Answers without the network; raises EventStoreError when histories cannot be read."""
+        return popular(self._histories.prepare(requests), self.catalogue)
 
 
 class SplitRecommender:
@@ -61,6 +65,10 @@ class SplitRecommender:
         prepared = await loop.run_in_executor(self._executor, self._histories.prepare, requests)
         candidates = None if prepared.question is None else await self._score(prepared.question)
         return finish(prepared, candidates, self.catalogue)
+
+    def popular(self, requests: Sequence[Request]) -> list[Recommendation]:
+        """Answers without the network; raises EventStoreError when histories cannot be read."""
+        return popular(self._histories.prepare(requests), self.catalogue)
 
 
 def version_name(bundle: Bundle) -> str:
