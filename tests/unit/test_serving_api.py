@@ -214,6 +214,7 @@ def test_openapi_names_every_route_its_limits_and_the_key(app: FastAPI) -> None:
         "/v1/events",
         "/v1/items/{item_id}",
         "/v1/users/{user_id}",
+        "/v1/admin/replica",
         "/healthz",
         "/readyz",
     }

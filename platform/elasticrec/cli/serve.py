@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import tyro
 
@@ -12,7 +12,7 @@ from elasticrec.cli.local_cluster import LocalClusterConfig, local_cluster
 from elasticrec.cli.progress import bar
 from elasticrec.cli.service import ServiceError, answers, deploy, require_free
 from elasticrec.data.sequences import open_store
-from elasticrec.serving.auth import create_key, revoke_key
+from elasticrec.serving.auth import Scope, create_key, revoke_key
 from elasticrec.serving.stores import absolute
 
 PROBE_S, SILENT_PROBES = 5, 24
@@ -60,14 +60,16 @@ def run(
         raise ServiceError(f"nothing has answered on {url} for {SILENT_PROBES * PROBE_S} s; the service was stopped")
 
 
-def key(name: Annotated[str, tyro.conf.Positional], keys: Path = DEFAULT_KEYS) -> None:
+def key(name: Annotated[str, tyro.conf.Positional], scopes: str = "read,events", keys: Path = DEFAULT_KEYS) -> None:
     """Makes an API key and shows it once; the file keeps its hash only.
 
     Args:
         name: who it is for.
+        scopes: what it may do, with commas between: read, events, admin.
         keys: the key file; made when it is not there.
     """
-    print(create_key(keys, name))
+    wanted = tuple(scope.strip() for scope in scopes.split(","))
+    print(create_key(keys, name, cast(tuple[Scope, ...], wanted)))
 
 
 def revoke(name: Annotated[str, tyro.conf.Positional], keys: Path = DEFAULT_KEYS) -> None:

@@ -129,7 +129,7 @@ class ApiError(ElasticRecError):
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "internal"
     title: ClassVar[str] = "The service failed"
-    headers: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    headers: Mapping[str, str] = MappingProxyType({})
 
     def problem(self) -> dict[str, Any]:
         """The body of the answer."""
@@ -151,6 +151,42 @@ class ItemNotFoundError(ApiError):
     status = 404
     kind = "item-not-found"
     title = "There is no such item"
+
+
+class ForbiddenError(ApiError):
+    """The key is known, but not for this."""
+
+    status = 403
+    kind = "forbidden"
+    title = "The API key has not the scope"
+
+
+class BadHeaderError(ApiError):
+    """A header cannot be read."""
+
+    status = 400
+    kind = "bad-header"
+    title = "A header does not fit"
+
+
+class OverloadedError(ApiError):
+    """Too many requests; says when to come again."""
+
+    status = 429
+    kind = "too-many-requests"
+    title = "Too many requests"
+
+    def __init__(self, detail: str, retry_after_s: int = 1) -> None:
+        super().__init__(detail)
+        self.headers = MappingProxyType({"retry-after": str(retry_after_s)})
+
+
+class DeadlineError(ApiError):
+    """The time that the caller allowed was over before the work was done."""
+
+    status = 504
+    kind = "deadline-exceeded"
+    title = "The request took too long"
 
 
 class BodyTooLargeError(ApiError):

@@ -20,6 +20,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from elasticrec import __version__
+from elasticrec.serving.admin import admin
+from elasticrec.serving.answers import Answers
 from elasticrec.serving.api import (
     ApiError,
     EventsRequest,
@@ -37,9 +39,11 @@ from elasticrec.serving.api import (
 from elasticrec.serving.auth import KeyRing
 from elasticrec.serving.batcher import Batcher
 from elasticrec.serving.catalogue import Catalogue
+from elasticrec.serving.circuit import CircuitConfig
 from elasticrec.serving.events import EventStore, EventStoreError, StoredEvent
-from elasticrec.serving.guard import Guard, ProblemResponse, respond
+from elasticrec.serving.guard import Guard, ProblemResponse, Protection, respond
 from elasticrec.serving.history import Request
+from elasticrec.serving.meter import Meter
 from elasticrec.serving.postprocess import Recommendation
 from elasticrec.serving.users import users
 
@@ -54,8 +58,11 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "The body is no JSON",
         401: "No key, or an unknown one",
+        403: "The key has not the scope",
         413: "The body is too large",
         422: "A field does not fit; `errors` names each",
+        429: "Too many requests; come again after `Retry-After`",
+        504: "The time that the request allowed is over",
         503: "The model or the event store does not answer; try again",
     }.items()
 }
@@ -68,6 +75,7 @@ class Versioned(Protocol):
     def version(self) -> str: ...
     @property
     def catalogue(self) -> Catalogue: ...
+    def popular(self, requests: Sequence[Request]) -> list[Recommendation]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +87,11 @@ class Service:
     events: EventStore
     max_batch: int = 64
     batches_in_flight: int = 1
+    max_waiting: int = 512  # requests for the model, and for the event store; beyond these the answer is 429
+    circuit: CircuitConfig = field(default_factory=CircuitConfig)
     refused: Callable[[], Iterable[str]] = tuple  # bundles that were asked for and do not answer
+    state: Callable[[], dict[str, Any]] = dict  # for operators
+    meter: Meter = field(default_factory=Meter)
     event_thread: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="events"))
 
     def append(self, batches: Sequence[Sequence[StoredEvent]]) -> Awaitable[Sequence[None]]:
@@ -102,7 +114,7 @@ def in_thread(
     return run
 
 
-def create_app(service: Service, keys: KeyRing | None) -> FastAPI:
+def create_app(service: Service, keys: KeyRing | None, protection: Protection | None = None) -> FastAPI:
     """The API. Without keys every caller may do everything: the address must then be a loopback one."""
     app = FastAPI(
         title="elasticrec",
@@ -114,9 +126,10 @@ def create_app(service: Service, keys: KeyRing | None) -> FastAPI:
     app.include_router(_recommendations(service))
     app.include_router(_items(service))
     app.include_router(users(lambda: service.model.catalogue, service.events, service.event_thread))
+    app.include_router(admin(service.state))
     app.include_router(_health(service))
     _add_problems(app)
-    app.add_middleware(Guard, keys=keys)
+    app.add_middleware(Guard, keys=keys, protection=protection)
     return app
 
 
@@ -127,15 +140,23 @@ def _protected() -> APIRouter:
 
 def _recommendations(service: Service) -> APIRouter:
     router = _protected()
-    questions = Batcher(service.recommend, max_batch=service.max_batch, in_flight=service.batches_in_flight)
-    writes = Batcher(service.append, max_batch=MAX_EVENT_BATCH)
+    questions = Batcher(
+        service.recommend,
+        max_batch=service.max_batch,
+        in_flight=service.batches_in_flight,
+        max_waiting=service.max_waiting,
+    )
+    answers = Answers(questions.submit, service.model.popular, service.circuit)
+    service.meter.waiting = lambda: questions.waiting
+    writes = Batcher(service.append, max_batch=MAX_EVENT_BATCH, max_waiting=service.max_waiting)
 
     @router.post("/recommend", response_model=RecommendResponse, summary="Items that a user may want next")
     async def recommend(body: RecommendRequest) -> Response:
         started_s = time.perf_counter()
-        answer = await questions.submit(
+        answer = await answers.recommend(
             Request(k=body.k, user_id=body.user_id, history=tuple(body.history or ()), exclude=tuple(body.exclude))
         )
+        service.meter.observe(1e3 * (time.perf_counter() - started_s), answer.degraded)
         response = RecommendResponse.model_construct(
             items=[
                 RecommendedItem.model_construct(item_id=item.item_id, title=item.title, score=item.score)

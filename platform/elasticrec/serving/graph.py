@@ -7,6 +7,8 @@ The only module of serving that knows Ray.
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,8 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve import Application
-from ray.serve.config import BackpressureConfig
+from ray.serve import Application, metrics
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -26,12 +28,17 @@ from starlette.types import ASGIApp
 
 from elasticrec.artifact.bundle import Bundle, open_bundle
 from elasticrec.errors import BundleError
-from elasticrec.serving.api import UnavailableError
+from elasticrec.serving.api import DeadlineError, UnavailableError
+from elasticrec.serving.audit import Audit
 from elasticrec.serving.auth import KeyRing, require_loopback
+from elasticrec.serving.deadline import left_s
 from elasticrec.serving.events import EventStore, SeedConfig, seed_from
 from elasticrec.serving.gateway import Service, create_app, in_thread
+from elasticrec.serving.guard import Protection
 from elasticrec.serving.labels import rollout_of
+from elasticrec.serving.meter import Meter
 from elasticrec.serving.placement import require_one_host
+from elasticrec.serving.rate import Rate, RateConfig, read_limits
 from elasticrec.serving.recommender import Recommender, SplitRecommender
 from elasticrec.serving.rollout import Rollout
 from elasticrec.serving.scorer import Candidates, Question, Scorer
@@ -61,10 +68,20 @@ class Args(BaseModel):
     threads: int = Field(default=1, ge=1, le=256, description="threads of torch in each model replica")
     num_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a model replica")
     gateway_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a gateway (split only)")
+    max_replicas: int | None = Field(default=None, ge=1, description="model replicas grow to so many with their load")
+    min_replicas: int = Field(default=1, ge=0, description="and shrink to so many; 0: none while nobody asks")
+    target_latency_ms: float = Field(default=100.0, gt=0, description="95th percentile above which replicas are added")
+    target_waiting: float = Field(default=32.0, gt=0, description="requests behind the running batch of a replica")
+    upscale_delay_s: float = Field(default=5.0, ge=0)
+    downscale_delay_s: float = Field(default=120.0, ge=0)
     max_batch: int = Field(default=64, ge=1, le=1_024)
     max_latency_ms: float = Field(default=250.0, gt=0, description="a version that takes longer alone is refused")
-    max_ongoing_requests: int = Field(default=256, ge=1, description="a replica works on at most so many at once")
-    max_queued_requests: int = Field(default=512, ge=-1, description="beyond these the answer is 429; -1: no limit")
+    max_ongoing_requests: int = Field(default=512, ge=1, description="a replica works on at most so many at once")
+    max_queued_requests: int = Field(default=512, ge=-1, description="before Serve refuses by itself; -1: no limit")
+    timeout_ms: float = Field(default=2_000.0, gt=0, le=60_000, description="for callers that name none")
+    rate: str = Field(default="", description="what each key may use, as '100/second'; empty: no limit")
+    rate_store: str = Field(default="", description="redis://… counts for all replicas; empty: each for itself")
+    audit: OptionalPath = Field(default=None, description="file of administrative calls; else the log elasticrec.audit")
 
 
 def app(args: Args) -> Application:
@@ -77,7 +94,8 @@ def app(args: Args) -> Application:
     placed = _place(args)
     versions = {"user_config": rollout_of(args.bundle).plain()}
     if placed.topology == "fused":
-        return _deploy(FusedReplica, _ingress_options(placed, placed.replicas, placed.num_cpus) | versions, placed)
+        options = _ingress_options(placed, placed.replicas, placed.num_cpus) | _scaling(placed) | versions
+        return _deploy(FusedReplica, options, placed)
     model = _deploy(ModelReplica, _model_options(placed) | versions, placed)
     options = _ingress_options(placed, placed.gateways, placed.gateway_cpus) | versions
     return _deploy(GatewayReplica, options, placed, model)
@@ -89,7 +107,7 @@ class FusedReplica:
     def __init__(self, args: Args) -> None:
         torch.set_num_threads(args.threads)  # Ray's OMP_NUM_THREADS follows num_cpus, which may be a fraction
         keys = _open_keys(args)
-        events = _open_events(args, args.replicas, args.num_cpus)
+        events = _open_events(args, _most(args), args.num_cpus)
         thread = ThreadPoolExecutor(1, thread_name_prefix="model")  # one for all versions: as many threads as CPUs
 
         def load(uri: str) -> Loaded:
@@ -98,20 +116,27 @@ class FusedReplica:
             return Loaded(model=model, recommend=in_thread(model.recommend, thread))
 
         self._versions = Versions(load)
+        self._meter = Meter(told=_metrics())
         service = Service(
             model=self._versions,
             recommend=self._versions.recommend,
             events=events,
             max_batch=args.max_batch,
+            max_waiting=args.max_ongoing_requests,
             refused=lambda: self._versions.refused,
+            state=self._versions.state,
+            meter=self._meter,
         )
-        self._app = create_app(service, keys)
+        self._app = create_app(service, keys, _protection(args))
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         await self._versions.apply(Rollout.of(user_config))
 
     async def rollout_state(self) -> dict[str, Any]:
         return self._versions.state()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return self._meter.stats()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
@@ -125,6 +150,8 @@ class ModelReplica:
         self._scorers: Shelf[Scorer] = Shelf(lambda uri: _checked_scorer(open_bundle(uri), args))
         self._asked: Rollout | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._batches = 0
+        self._meter = Meter(waiting=lambda: max(0, self._batches - 1) * args.max_batch, told=_metrics())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         wanted = Rollout.of(user_config)
@@ -139,11 +166,27 @@ class ModelReplica:
         assert self._asked is not None, "Serve calls reconfigure first"
         return {"asked": self._asked.plain(), "refused": dict(self._scorers.refused)}
 
-    async def score(self, uri: str, question: Question) -> Candidates:
-        """Raises UnavailableError when this replica does not hold the version."""
+    async def score(self, uri: str, question: Question, left_s: float | None = None) -> Candidates:
+        """`left_s`: how long the most patient caller of the batch waits yet; then it costs no time of the model.
+
+        Raises:
+            UnavailableError: this replica does not hold the version.
+            DeadlineError: nobody waits any more.
+        """
         if uri not in self._scorers:
             raise UnavailableError(f"this replica does not hold '{uri}'")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._scorers[uri].score, question)
+        deadline_s = None if left_s is None else time.monotonic() + left_s
+        run = partial(_score_in_time, self._scorers[uri], question, deadline_s)
+        started_s = time.perf_counter()
+        self._batches += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        finally:
+            self._batches -= 1
+            self._meter.observe(1e3 * (time.perf_counter() - started_s), False)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return self._meter.stats()
 
 
 class GatewayReplica:
@@ -165,10 +208,13 @@ class GatewayReplica:
             recommend=self._versions.recommend,
             events=events,
             max_batch=args.max_batch,
-            batches_in_flight=_BATCHES_PER_MODEL * args.replicas,
+            meter=Meter(told=_metrics()),
+            batches_in_flight=_BATCHES_PER_MODEL * _most(args),
+            max_waiting=args.max_ongoing_requests,
             refused=lambda: self._versions.refused,
+            state=self._versions.state,
         )
-        self._app = create_app(service, keys)
+        self._app = create_app(service, keys, _protection(args))
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         await self._versions.apply(Rollout.of(user_config))
@@ -181,11 +227,23 @@ class GatewayReplica:
 
     async def _score(self, uri: str, question: Question) -> Candidates:
         try:
-            candidates: Candidates = await self._model.score.remote(uri, question)
+            candidates: Candidates = await self._model.score.remote(uri, question, left_s())
         except (RayError, RayServeException) as error:
             _LOGGER.error("the model did not answer: %s", error)
             raise UnavailableError("the model does not answer; try again") from error
         return candidates
+
+
+def _score_in_time(scorer: Scorer, question: Question, deadline_s: float | None) -> Candidates:
+    if deadline_s is not None and time.monotonic() >= deadline_s:
+        raise DeadlineError("the time that the requests of this batch allowed is over")
+    return scorer.score(question)
+
+
+def _protection(args: Args) -> Protection:
+    rate = Rate(RateConfig(limit=args.rate, store=args.rate_store or None)) if args.rate else None
+    audit = Audit(args.audit)
+    return Protection(max_in_flight=args.max_ongoing_requests, timeout_ms=args.timeout_ms, rate=rate, audit=audit)
 
 
 def _checked_scorer(bundle: Bundle, args: Args) -> Scorer:
@@ -204,25 +262,74 @@ def _place(args: Args) -> Args:
         )
     else:
         KeyRing(keys)  # a missing or empty file is told here, not by replicas that fail to start
+    if args.rate:
+        read_limits(args.rate)
     return args.model_copy(
         update={
             "events": absolute(args.events),
             "seed": None if args.seed is None else args.seed.absolute(),
             "keys": keys,
+            "audit": None if args.audit is None else args.audit.absolute(),
         }
     )
 
 
 def _ingress_options(args: Args, replicas: int, num_cpus: float) -> dict[str, Any]:
     return _options(args, replicas, num_cpus) | {
+        # Above our own limit, so that the answer to one too many is ours: application/problem+json.
+        "max_ongoing_requests": 4 * args.max_ongoing_requests + 64,
+        "logging_config": {"enable_access_log": False},  # its lines have the paths of users
         "max_queued_requests": args.max_queued_requests,
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
     }
 
 
 def _model_options(args: Args) -> dict[str, Any]:
-    calls = _BATCHES_PER_MODEL * args.gateways * args.replicas  # all batches there can be, in the worst case at one
-    return _options(args, args.replicas, args.num_cpus) | {"max_ongoing_requests": calls}
+    calls = _BATCHES_PER_MODEL * args.gateways * _most(args)  # all batches there can be, in the worst case at one
+    return _options(args, args.replicas, args.num_cpus) | _scaling(args) | {"max_ongoing_requests": calls}
+
+
+def _most(args: Args) -> int:
+    return max(args.replicas, args.max_replicas or 0)
+
+
+def _scaling(args: Args) -> dict[str, Any]:
+    """In place of a fixed number of replicas, where more may come."""
+    if args.max_replicas is None:
+        return {}
+    policy = {"latency_ms": args.target_latency_ms, "waiting": args.target_waiting}
+    return {
+        "num_replicas": "auto",
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=args.min_replicas,
+            initial_replicas=min(max(args.replicas, args.min_replicas), args.max_replicas),
+            max_replicas=args.max_replicas,
+            upscale_delay_s=args.upscale_delay_s,
+            downscale_delay_s=args.downscale_delay_s,
+            look_back_period_s=4.0,
+            metrics_interval_s=1.0,
+            policy=AutoscalingPolicy(
+                policy_function="elasticrec.serving.autoscale:LatencyPolicy", policy_kwargs=policy
+            ),
+        ),
+    }
+
+
+def _metrics() -> Callable[[float, bool], None]:
+    """Series of each replica, which Ray tags with its application, deployment and name."""
+    latency = metrics.Histogram(
+        "elasticrec_answer_latency_ms",
+        description="time of one answer: of a request in replicas that speak HTTP, of a batch in model replicas",
+        boundaries=[1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000],
+    )
+    degraded = metrics.Counter("elasticrec_degraded_answers", description="answers by popularity, the model being late")
+
+    def tell(latency_ms: float, is_degraded: bool) -> None:
+        latency.observe(latency_ms)
+        if is_degraded:
+            degraded.inc()
+
+    return tell
 
 
 def _options(args: Args, replicas: int, num_cpus: float) -> dict[str, Any]:

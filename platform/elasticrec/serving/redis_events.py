@@ -212,7 +212,7 @@ class RedisEventStore:
 
     def _wait(self) -> None:
         if self._wait_replicas:
-            have = self._server.wait(self._wait_replicas, int(1e3 * self.config.timeout_s))
+            have = self._server.wait(self._wait_replicas, int(500 * self.config.timeout_s))
             if have < self._wait_replicas:
                 raise EventStoreError(
                     f"event store '{self.config.shown}' has {have} replicas of the events, {self._wait_replicas} are "
