@@ -73,7 +73,7 @@ class RedisConfig:
     url: str
     prefix: str = "elasticrec"
     timeout_s: float = 5.0
-    retries: int = 3
+    retries: int = 5  # within 1.25 s: a restart of the server is waited for
 
     @property
     def shown(self) -> str:
