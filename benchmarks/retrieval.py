@@ -82,11 +82,17 @@ def time_all(ways: dict[str, Callable[[Tensor], Any]], query_QD: Tensor, rounds:
     return elapsed_ms
 
 
-@torch.inference_mode()
 def retrieval(n_items: int, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows of the table, and shares of queries that are exact and proven."""
     row_ID = clustered(n_items)
-    network = int8_network(row_ID)
+    network = int8_network(row_ID)  # outside of inference mode, as a bundle is loaded: its lengths are kept
+    with torch.inference_mode():
+        return measure(network, row_ID, rounds)
+
+
+def measure(network: Network, row_ID: Tensor, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The same for one network."""
+    n_items = network.n_items
     setup = ModelSetup(network=network)
     retriever, ranker, question = ExactRetriever(setup), Ranker(setup), plain_question()
     query_QD = network.head.query(row_ID[torch.randint(1, n_items, (64,))] + torch.randn(64, WIDTH))
@@ -223,8 +229,10 @@ async def ask(app: Any, texts: list[str], params: dict[str, str]) -> list[float]
 def main() -> None:
     chosen = options(__doc__ or "")
     torch.set_num_threads(1)
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # numpy's threads too
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # numpy's threads too
     rows, shares = retrieval(100_000 if chosen.quick else 1_000_000, 30 if chosen.quick else 100)
+    os.sched_setaffinity(0, cores)
     with tempfile.TemporaryDirectory() as folder:
         rows += search(Path(folder), 120 if chosen.quick else 1_020)
     rows.append({"part": "queries whose candidates are exact for the int8 scores", "way": "share", "p50_ms": None,

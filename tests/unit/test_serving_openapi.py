@@ -41,7 +41,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     )
     network = Network(NetworkConfig(encoder=EncoderConfig(width=8, blocks=1, max_length=6)), N_ITEMS)
     folder = tmp_path_factory.mktemp("openapi")
-    key = create_key(folder / "keys.json", "shop")
+    key = create_key(folder / "keys.json", "shop", ("read", "events", "admin"))
     store = SqliteEventStore(SqliteConfig(path=folder / "events.sqlite"))
     changes = SqliteItemStore(Path(folder / "events.sqlite"))
     model = Recommender(write_bundle(folder / "bundle", network, items, name="t", version="1"), store, items=changes)
@@ -69,14 +69,18 @@ OPERATIONS = [
     ("/v1/items/{item_id}", "GET"),
     ("/v1/items/{item_id}", "PUT"),
     ("/v1/items/{item_id}", "DELETE"),
+    ("/v1/users/{user_id}", "GET"),
+    ("/v1/users/{user_id}", "DELETE"),
+    ("/v1/admin/replica", "GET"),
     ("/healthz", "GET"),
     ("/readyz", "GET"),
 ]
 NOTHING_WRONG = [
-    ("/healthz", "GET"),
-    ("/readyz", "GET"),
     ("/v1/items/{item_id}", "GET"),
     ("/v1/items/{item_id}", "DELETE"),
+    ("/v1/admin/replica", "GET"),
+    ("/healthz", "GET"),
+    ("/readyz", "GET"),
 ]
 
 

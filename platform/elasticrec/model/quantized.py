@@ -171,6 +171,10 @@ class IntegerTable(ItemTable):
     def dot(self, query_BD: Tensor) -> Tensor:
         return self._products(query_BD).mul_(self.get_buffer("scale_I"))
 
+    def cosine_of(self, query_BD: Tensor, index_BK: Tensor) -> Tensor:
+        direction_BKD = F.normalize(self.integers(index_BK).float(), dim=-1)  # as `cosine`, without the scale
+        return torch.einsum("bd,bkd->bk", query_BD, direction_BKD)
+
     def _products(self, query_BD: Tensor) -> Tensor:
         if not integers.multiplies_int8(query_BD):
             return super()._products(query_BD)

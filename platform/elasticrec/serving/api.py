@@ -37,7 +37,7 @@ def _whole(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Seconds = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MAX_TIMESTAMP_S)]  # since the epoch
+Seconds = Annotated[int, Field(ge=0, le=MAX_TIMESTAMP_S), BeforeValidator(_whole)]  # since the epoch
 
 
 def _needs(name: str, kind: str) -> dict[str, Any]:
@@ -139,6 +139,7 @@ class RecommendResponse(BaseModel):
 
     items: list[RecommendedItem]
     source: Literal["model", "popularity"] = Field(description="popularity: no item of the history is known")
+    degraded: bool = Field(default=False, description="the model is down or late; what is popular answers instead")
     model_version: str
     history_length: int = Field(description="known items that the answer was made from")
     next_cursor: str | None = Field(default=None, description="for the next page; none where there is none")
@@ -213,6 +214,7 @@ class Event(BaseModel):
     user_id: Id
     item_id: Id
     event_type: Id | None = None
+    event_id: Id | None = Field(default=None, description="the same one again, of the same user, is not kept twice")
     timestamp: Seconds | None = Field(default=None, description="seconds since the epoch; now when left out")
 
 
@@ -250,6 +252,7 @@ class HealthResponse(BaseModel):
 
     status: Literal["ok", "ready"]
     model_version: str
+    refused: list[str] = Field(default=[], description="bundles that this replica was told to serve and does not")
 
 
 class InvalidField(BaseModel):
@@ -275,7 +278,7 @@ class ApiError(ElasticRecError):
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "internal"
     title: ClassVar[str] = "The service failed"
-    headers: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    headers: Mapping[str, str] = MappingProxyType({})
 
     def problem(self) -> dict[str, Any]:
         """The body of the answer."""
@@ -305,6 +308,42 @@ class MissingQueryError(ApiError):
     status = 400
     kind = "missing-query"
     title = "What to search for?"
+
+
+class ForbiddenError(ApiError):
+    """The key is known, but not for this."""
+
+    status = 403
+    kind = "forbidden"
+    title = "The API key has not the scope"
+
+
+class BadHeaderError(ApiError):
+    """A header cannot be read."""
+
+    status = 400
+    kind = "bad-header"
+    title = "A header does not fit"
+
+
+class OverloadedError(ApiError):
+    """Too many requests; says when to come again."""
+
+    status = 429
+    kind = "too-many-requests"
+    title = "Too many requests"
+
+    def __init__(self, detail: str, retry_after_s: int = 1) -> None:
+        super().__init__(detail)
+        self.headers = MappingProxyType({"retry-after": str(retry_after_s)})
+
+
+class DeadlineError(ApiError):
+    """The time that the caller allowed was over before the work was done."""
+
+    status = 504
+    kind = "deadline-exceeded"
+    title = "The request took too long"
 
 
 class BodyTooLargeError(ApiError):

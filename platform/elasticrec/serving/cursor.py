@@ -26,16 +26,15 @@ def encode_cursor(offset: int, question: str) -> str:
     return base64.urlsafe_b64encode(raw).decode()  # 12 bytes, so without padding
 
 
-def decode_cursor(cursor: str, question: str) -> int:
-    """The offset.
+def offset_of(cursor: str) -> int:
+    """The place in the list; whether it is one of this list, `check_cursor` says."""
+    return int.from_bytes(base64.urlsafe_b64decode(cursor)[:4], "big")
 
-    Raises:
-        CursorError: it was made for another question, or by another model.
-    """
-    raw = base64.urlsafe_b64decode(cursor)
-    if raw[4:] != _digest(question):
+
+def check_cursor(cursor: str, question: str) -> None:
+    """Raises CursorError when it was made for another question, or by another model."""
+    if base64.urlsafe_b64decode(cursor)[4:] != _digest(question):
         raise CursorError("this cursor is of another question or another model version; ask without one to start over")
-    return int.from_bytes(raw[:4], "big")
 
 
 def _digest(question: str) -> bytes:

@@ -19,6 +19,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from elasticrec import __version__
+from elasticrec.serving.admin import admin
+from elasticrec.serving.answers import Answers
 from elasticrec.serving.api import (
     ApiError,
     EventsRequest,
@@ -33,7 +35,7 @@ from elasticrec.serving.auth import KeyRing
 from elasticrec.serving.batcher import Batcher
 from elasticrec.serving.document import documented
 from elasticrec.serving.events import EventStoreError, StoredEvent
-from elasticrec.serving.guard import Guard, ProblemResponse, respond
+from elasticrec.serving.guard import Guard, ProblemResponse, Protection, respond
 from elasticrec.serving.history import Request
 from elasticrec.serving.item_routes import add_items
 from elasticrec.serving.items import ItemStoreError
@@ -42,6 +44,7 @@ from elasticrec.serving.recommend_routes import add_recommendations
 from elasticrec.serving.search_routes import add_search
 from elasticrec.serving.service import Service
 from elasticrec.serving.timings import timings
+from elasticrec.serving.users import users
 
 __all__ = ["Service", "create_app", "in_thread"]
 
@@ -57,8 +60,11 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "The body is no JSON, or a search has no text",
         401: "No key, or an unknown one",
+        403: "The key has not the scope",
         413: "The body is too large",
         422: "A field does not fit; `errors` names each",
+        429: "Too many requests; come again after `Retry-After`",
+        504: "The time that the request allowed is over",
         503: "The model or the event store does not answer; try again",
     }.items()
 }
@@ -75,7 +81,7 @@ def in_thread(
     return run
 
 
-def create_app(service: Service, keys: KeyRing | None) -> FastAPI:
+def create_app(service: Service, keys: KeyRing | None, protection: Protection | None = None) -> FastAPI:
     """The API. Without keys every caller may do everything: the address must then be a loopback one."""
     app = FastAPI(
         title="elasticrec",
@@ -86,10 +92,12 @@ def create_app(service: Service, keys: KeyRing | None) -> FastAPI:
     )
     app.include_router(_product(service))
     app.include_router(_events(service))
+    app.include_router(users(lambda: service.model.catalogue, service.events, service.event_thread))
+    app.include_router(admin(service.state))
     app.include_router(_health(service))
     _add_problems(app)
     app.openapi = documented(app)  # type: ignore[method-assign]
-    app.add_middleware(Guard, keys=keys)
+    app.add_middleware(Guard, keys=keys, protection=protection)
     return app
 
 
@@ -100,16 +108,23 @@ def _protected() -> APIRouter:
 
 def _product(service: Service) -> APIRouter:
     router = _protected()
-    questions = Batcher(service.recommend, max_batch=service.max_batch, in_flight=service.batches_in_flight)
-    add_recommendations(router, service, questions)
-    add_search(router, service, questions)
-    add_items(router, service, questions)
+    questions = Batcher(
+        service.recommend,
+        max_batch=service.max_batch,
+        in_flight=service.batches_in_flight,
+        max_waiting=service.max_waiting,
+    )
+    answers = Answers(questions.submit, service.model.popular, service.circuit)
+    service.meter.waiting = lambda: questions.waiting
+    add_recommendations(router, service, answers.recommend)
+    add_search(router, service, answers.recommend)
+    add_items(router, service, answers.recommend)
     return router
 
 
 def _events(service: Service) -> APIRouter:
     router = _protected()
-    writes = Batcher(service.append, max_batch=MAX_EVENT_BATCH)
+    writes = Batcher(service.append, max_batch=MAX_EVENT_BATCH, max_waiting=service.max_waiting)
 
     @router.post("/events", response_model=EventsResponse, summary="Keep what users did")
     async def events(body: EventsRequest) -> Response:
@@ -142,7 +157,10 @@ def _health(service: Service) -> APIRouter:
                 await service.recommend([Request(k=1, user_id="", history=(popular,))])
         except TimeoutError:
             raise UnavailableError(f"the model did not answer within {READY_TIMEOUT_S:g} s") from None
-        return HealthResponse(status="ready", model_version=service.model.version)
+        refused = [
+            "/".join(uri.rstrip("/").split("/")[-2:]) for uri in service.refused()
+        ]  # places are nobody's business
+        return HealthResponse(status="ready", model_version=service.model.version, refused=refused)
 
     return router
 
@@ -205,6 +223,7 @@ def _stored(body: EventsRequest) -> list[StoredEvent]:
             item_id=event.item_id,
             timestamp=now_s if event.timestamp is None else event.timestamp,
             event_type=event.event_type,
+            event_id=event.event_id,
         )
         for event in body.events
     ]

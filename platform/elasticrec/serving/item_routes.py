@@ -20,14 +20,12 @@ from elasticrec.serving.api import (
     UnavailableError,
 )
 from elasticrec.serving.assortment import View
-from elasticrec.serving.batcher import Batcher
 from elasticrec.serving.caching import tagged
 from elasticrec.serving.catalogue import Item
 from elasticrec.serving.filters import CategoryFilter, Filters
 from elasticrec.serving.history import Request
 from elasticrec.serving.items import ItemStore, StoredItem
-from elasticrec.serving.postprocess import Recommendation
-from elasticrec.serving.service import Service
+from elasticrec.serving.service import Ask, Service
 from elasticrec.serving.timings import timings
 
 ItemId = Annotated[str, Path(description="an item id, percent-encoded where it has other characters")]
@@ -36,7 +34,7 @@ _NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "descript
 _SAME: dict[int | str, dict[str, Any]] = {304: {"description": "As in the answer with the tag in If-None-Match"}}
 
 
-def add_items(router: APIRouter, service: Service, questions: Batcher[Request, Recommendation]) -> None:
+def add_items(router: APIRouter, service: Service, ask: Ask) -> None:
     """`GET /items/{id}/similar`, and `GET`, `PUT` and `DELETE /items/{id}`."""
 
     @router.get(
@@ -54,12 +52,12 @@ def add_items(router: APIRouter, service: Service, questions: Batcher[Request, R
     ) -> Response:
         started_s = time.perf_counter()
         view = await _view(service)
-        answer = await questions.submit(_alike(item_id, view, k, offset))
+        answer = await ask(_alike(item_id, view, k, offset))
         content = {
             "item_id": item_id,
             "items": [{"item_id": found, "title": title, "score": score} for found, title, score in answer.items],
             "source": answer.source,
-            "model_version": service.model.version,
+            "model_version": answer.version or service.model.version,
         }
         return await tagged(http, content, timings(started_s, answer.timings_ms))
 

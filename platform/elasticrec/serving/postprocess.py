@@ -35,6 +35,8 @@ class Recommendation:
     history_length: int
     timings_ms: dict[str, float]
     more: bool = False  # whether the next page has items
+    version: str = ""  # of the model that answered, where there are several
+    degraded: bool = False  # popularity answered in place of a model that is down or late
 
 
 class _Row(NamedTuple):
@@ -71,6 +73,22 @@ class Postprocess:
                     source="model" if by_model else "popularity",
                     history_length=len(background.items),
                     timings_ms=timings_ms | {"postprocess": 1e3 * (time.perf_counter() - started_s)},
+                    more=more,
+                )
+            )
+        return recommendations
+
+    def popular(self, prepared: Prepared) -> list[Recommendation]:
+        """Answers without the network: what is popular and allowed, whatever is known of the user."""
+        recommendations = []
+        for background in prepared.backgrounds:
+            items, more = self._page(background, None, prepared.view)
+            recommendations.append(
+                Recommendation(
+                    items=items,
+                    source="popularity",
+                    history_length=len(background.items),
+                    timings_ms={"history": prepared.history_ms},
                     more=more,
                 )
             )

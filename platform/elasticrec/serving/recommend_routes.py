@@ -19,19 +19,18 @@ from elasticrec.serving.api import (
     RecommendResponse,
     Wishes,
 )
-from elasticrec.serving.batcher import Batcher
 from elasticrec.serving.caching import large
-from elasticrec.serving.cursor import decode_cursor, encode_cursor
+from elasticrec.serving.cursor import check_cursor, encode_cursor, offset_of
 from elasticrec.serving.history import Request
 from elasticrec.serving.postprocess import Recommendation
-from elasticrec.serving.service import Service
+from elasticrec.serving.service import Ask, Service
 from elasticrec.serving.timings import timings
 
 BULK_USERS: Final = 64  # users of a batch request that go through the model together; single requests wait for them
 BULK_IN_FLIGHT: Final = 2  # one is in the model, one written; where the stages are apart, each has one
 
 
-def add_recommendations(router: APIRouter, service: Service, questions: Batcher[Request, Recommendation]) -> None:
+def add_recommendations(router: APIRouter, service: Service, ask: Ask) -> None:
     """`POST /recommend` and `POST /recommend:batch`."""
 
     @router.post(
@@ -42,16 +41,17 @@ def add_recommendations(router: APIRouter, service: Service, questions: Batcher[
     )
     async def recommend(body: RecommendRequest) -> Response:
         started_s = time.perf_counter()
-        question = _question_of(body, service.model.version) if body.cursor is not None else ""
-        offset = body.offset if body.cursor is None else decode_cursor(body.cursor, question)
-        answer = await questions.submit(to_request(body, body.user_id, tuple(body.history or ()), offset))
-        page_end = offset + body.k
-        cursor = None
-        if answer.more and page_end <= MAX_OFFSET:
-            cursor = encode_cursor(page_end, question or _question_of(body, service.model.version))
+        offset = body.offset if body.cursor is None else offset_of(body.cursor)
+        answer = await ask(to_request(body, body.user_id, tuple(body.history or ()), offset))
+        service.meter.observe(1e3 * (time.perf_counter() - started_s), answer.degraded)
+        version, page_end = answer.version or service.model.version, offset + body.k
+        if body.cursor is not None:
+            check_cursor(body.cursor, _question_of(body, version))
+        more = answer.more and page_end <= MAX_OFFSET
         content = _content(answer) | {
-            "model_version": service.model.version,
-            "next_cursor": cursor,
+            "model_version": version,
+            "degraded": answer.degraded,
+            "next_cursor": encode_cursor(page_end, _question_of(body, version)) if more else None,
             "timings_ms": timings(started_s, answer.timings_ms),
         }
         return Response(orjson.dumps(content), media_type="application/json")

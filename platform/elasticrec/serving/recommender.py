@@ -16,7 +16,7 @@ from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.events import EventStore
 from elasticrec.serving.history import Prepared, Request
 from elasticrec.serving.items import ItemStore
-from elasticrec.serving.postprocess import Recommendation
+from elasticrec.serving.postprocess import Postprocess, Recommendation
 from elasticrec.serving.prior import Prior
 from elasticrec.serving.question import Candidates, Question
 from elasticrec.serving.scorer import Scorer
@@ -60,6 +60,10 @@ class Recommender:
         )
         return self.gateway.finish(prepared, candidates, likes)
 
+    def popular(self, requests: Sequence[Request]) -> list[Recommendation]:
+        """Answers without the network; raises EventStoreError when histories cannot be read."""
+        return self.gateway.popular(requests)
+
 
 class SplitRecommender:
     """The same answers; the network's stages are asked for elsewhere, one call a batch."""
@@ -91,6 +95,10 @@ class SplitRecommender:
         ]
         return self.gateway.finish(prepared, candidates, likes)
 
+    def popular(self, requests: Sequence[Request]) -> list[Recommendation]:
+        """Answers without the network; raises EventStoreError when histories cannot be read."""
+        return self.gateway.popular(requests)
+
 
 class Gateway:
     """The stages beside the event store, and what they share."""
@@ -110,6 +118,7 @@ class Gateway:
         )
         self._histories = find_stage(config, "history")(setup)
         self._postprocess = find_stage(config, "postprocess")(setup)
+        self._fallback = Postprocess(setup)
 
     def prepare(self, requests: Sequence[Request]) -> Prepared:
         """What the requests are answered from."""
@@ -122,6 +131,10 @@ class Gateway:
         """Answers in the order of the requests."""
         answers: list[Recommendation] = self._postprocess.finish(prepared, candidates, likes)
         return answers
+
+    def popular(self, requests: Sequence[Request]) -> list[Recommendation]:
+        """Answers without the network. By our own stage: another one in its place need not know of this."""
+        return self._fallback.popular(self.prepare(requests))
 
 
 def make_scorer(bundle: Bundle, config: StagesConfig, network: Network | None = None) -> Scorer:

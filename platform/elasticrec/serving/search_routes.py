@@ -17,16 +17,15 @@ from elasticrec.serving.api import (
     UnavailableError,
 )
 from elasticrec.serving.assortment import View
-from elasticrec.serving.batcher import Batcher
 from elasticrec.serving.filters import MAX_NAMES, Name
 from elasticrec.serving.history import Request
 from elasticrec.serving.postprocess import Recommendation
 from elasticrec.serving.search import Hit, blend
-from elasticrec.serving.service import Service
+from elasticrec.serving.service import Ask, Service
 from elasticrec.serving.timings import timings
 
 
-def add_search(router: APIRouter, service: Service, questions: Batcher[Request, Recommendation]) -> None:
+def add_search(router: APIRouter, service: Service, ask: Ask) -> None:
     """`GET /search`."""
 
     @router.get("/search", response_model=SearchResponse, summary="Items by their titles and categories")
@@ -45,7 +44,7 @@ def add_search(router: APIRouter, service: Service, questions: Batcher[Request, 
         personal = False
         if user_id is not None and service.search.taste and hits:
             pool = hits[: service.search.pool]
-            answer = await questions.submit(_taste(user_id, [view.label(hit.item)[0] for hit in pool]))
+            answer = await ask(_taste(user_id, [view.label(hit.item)[0] for hit in pool]))
             personal = answer.source == "model"
             stages_ms |= answer.timings_ms
             if personal:

@@ -1,19 +1,22 @@
 """What the routes call: the model's batches, the event store and the item store, the search index."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from elasticrec.serving.assortment import Assortment
 from elasticrec.serving.catalogue import Catalogue
+from elasticrec.serving.circuit import CircuitConfig
 from elasticrec.serving.events import EventStore, StoredEvent
 from elasticrec.serving.history import Request
 from elasticrec.serving.items import ItemStore
+from elasticrec.serving.meter import Meter
 from elasticrec.serving.postprocess import Recommendation
 from elasticrec.serving.search import SearchConfig, TextIndex
 
+Ask = Callable[[Request], Awaitable[Recommendation]]  # one question, in time: the model's answer or a degraded one
 Recommend = Callable[[Sequence[Request]], Awaitable[Sequence[Recommendation]]]
 
 
@@ -28,6 +31,7 @@ class Versioned(Protocol):
     def assortment(self) -> Assortment: ...
     @property
     def index(self) -> TextIndex | None: ...
+    def popular(self, requests: Sequence[Request]) -> list[Recommendation]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,11 @@ class Service:
     search: SearchConfig = field(default_factory=SearchConfig)
     max_batch: int = 64
     batches_in_flight: int = 1
+    max_waiting: int = 512  # requests for the model, and for the event store; beyond these the answer is 429
+    circuit: CircuitConfig = field(default_factory=CircuitConfig)
+    refused: Callable[[], Iterable[str]] = tuple  # bundles that were asked for and do not answer
+    state: Callable[[], dict[str, Any]] = dict  # for operators
+    meter: Meter = field(default_factory=Meter)
     event_thread: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="events"))
 
     def append(self, batches: Sequence[Sequence[StoredEvent]]) -> Awaitable[Sequence[None]]:

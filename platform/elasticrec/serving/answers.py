@@ -1,0 +1,73 @@
+"""One request in, its answer out: the model's in time, else what is popular, marked as degraded."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Final
+
+from elasticrec.serving.api import ApiError, DeadlineError, UnavailableError
+from elasticrec.serving.circuit import Circuit, CircuitConfig
+from elasticrec.serving.deadline import left_s
+from elasticrec.serving.events import EventStoreError
+from elasticrec.serving.history import Request
+from elasticrec.serving.items import ItemStoreError
+from elasticrec.serving.postprocess import Recommendation
+
+_RESERVE_S: Final = 0.05  # of the caller's time, kept for the answer without the model
+_RESERVE: Final = 0.25  # or this share of it, where that is less
+_LOGGER = logging.getLogger("ray.serve")
+
+
+class Answers:
+    """Belongs to one event loop. A model that is down or late several times in a row is left alone for a while."""
+
+    def __init__(
+        self,
+        submit: Callable[[Request], Awaitable[Recommendation]],
+        popular: Callable[[Sequence[Request]], list[Recommendation]],
+        config: CircuitConfig,
+    ) -> None:
+        """`submit`: asks the model. `popular`: answers without it; called in a thread of its own."""
+        self._submit, self._popular = submit, popular
+        self.circuit = Circuit(config)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="popular")
+        self.degraded = 0
+
+    async def recommend(self, request: Request) -> Recommendation:
+        """Raises EventStoreError when histories cannot be read, OverloadedError when too many wait."""
+        if not self.circuit.allows(time.monotonic()):
+            return await self._degrade(request)
+        try:
+            async with asyncio.timeout(_time_for_the_model()):
+                answer = await self._submit(request)
+        except (TimeoutError, DeadlineError, UnavailableError) as error:
+            self._failed(error)
+            return await self._degrade(request)
+        except (ApiError, EventStoreError, ItemStoreError, asyncio.CancelledError):  # not the model's fault
+            self.circuit.abandoned()
+            raise
+        except Exception as error:
+            self._failed(error)
+            raise
+        self.circuit.succeeded()
+        return answer
+
+    def _failed(self, error: Exception) -> None:
+        now_s = time.monotonic()
+        before = self.circuit.state(now_s)
+        self.circuit.failed(now_s)
+        if before != "open" and self.circuit.state(now_s) == "open":
+            _LOGGER.error("the model is down or late (%s); what is popular answers for a while", type(error).__name__)
+
+    async def _degrade(self, request: Request) -> Recommendation:
+        self.degraded += 1
+        (answer,) = await asyncio.get_running_loop().run_in_executor(self._thread, self._popular, [request])
+        return replace(answer, degraded=True)
+
+
+def _time_for_the_model() -> float | None:
+    left = left_s()
+    return None if left is None else max(0.0, left - min(_RESERVE_S, _RESERVE * left))
