@@ -9,14 +9,15 @@ from dataclasses import replace
 from typing import Final
 
 from elasticrec.serving.api import ApiError, DeadlineError, UnavailableError
+from elasticrec.serving.batcher import Batcher
 from elasticrec.serving.circuit import Circuit, CircuitConfig
 from elasticrec.serving.deadline import left_s
 from elasticrec.serving.events import EventStoreError
 from elasticrec.serving.history import Request
 from elasticrec.serving.postprocess import Recommendation
 
-_RESERVE_S: Final = 0.05  # of the caller's time, kept for the answer without the model
-_RESERVE: Final = 0.25  # or this share of it, where that is less
+_RESERVE: Final = 0.3  # of the caller's time, kept for the answer without the model: many are late at once
+_MAX_BATCH: Final = 64
 _LOGGER = logging.getLogger("ray.serve")
 
 
@@ -30,9 +31,14 @@ class Answers:
         config: CircuitConfig,
     ) -> None:
         """`submit`: asks the model. `popular`: answers without it; called in a thread of its own."""
-        self._submit, self._popular = submit, popular
+        self._submit = submit
         self.circuit = Circuit(config)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="popular")
+        thread = ThreadPoolExecutor(1, thread_name_prefix="popular")
+
+        async def run(requests: Sequence[Request]) -> list[Recommendation]:
+            return await asyncio.get_running_loop().run_in_executor(thread, popular, requests)
+
+        self._popular = Batcher(run, max_batch=_MAX_BATCH)
         self.degraded = 0
 
     async def recommend(self, request: Request) -> Recommendation:
@@ -63,10 +69,9 @@ class Answers:
 
     async def _degrade(self, request: Request) -> Recommendation:
         self.degraded += 1
-        (answer,) = await asyncio.get_running_loop().run_in_executor(self._thread, self._popular, [request])
-        return replace(answer, degraded=True)
+        return replace(await self._popular.submit(request), degraded=True)
 
 
 def _time_for_the_model() -> float | None:
     left = left_s()
-    return None if left is None else max(0.0, left - min(_RESERVE_S, _RESERVE * left))
+    return None if left is None else max(0.0, (1 - _RESERVE) * left)
