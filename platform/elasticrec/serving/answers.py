@@ -14,6 +14,7 @@ from elasticrec.serving.circuit import Circuit, CircuitConfig
 from elasticrec.serving.deadline import left_s
 from elasticrec.serving.events import EventStoreError
 from elasticrec.serving.history import Request
+from elasticrec.serving.meter import Meter
 from elasticrec.serving.postprocess import Recommendation
 
 _RESERVE: Final = 0.3  # of the caller's time, kept for the answer without the model: many are late at once
@@ -29,9 +30,11 @@ class Answers:
         submit: Callable[[Request], Awaitable[Recommendation]],
         popular: Callable[[Sequence[Request]], list[Recommendation]],
         config: CircuitConfig,
+        meter: Meter,
     ) -> None:
         """`submit`: asks the model. `popular`: answers without it; called in a thread of its own."""
-        self._submit = submit
+        self._ask = submit
+        self._meter = meter
         self.circuit = Circuit(config)
         thread = ThreadPoolExecutor(1, thread_name_prefix="popular")
 
@@ -39,15 +42,26 @@ class Answers:
             return await asyncio.get_running_loop().run_in_executor(thread, popular, requests)
 
         self._popular = Batcher(run, max_batch=_MAX_BATCH)
-        self.degraded = 0
 
-    async def recommend(self, request: Request) -> Recommendation:
-        """Raises EventStoreError when histories cannot be read, OverloadedError when too many wait."""
+    async def submit(self, request: Request) -> Recommendation:
+        """The answer to one request; its time is told to the meter.
+
+        Raises:
+            EventStoreError: histories cannot be read.
+            OverloadedError: too many wait.
+            DeadlineError: there was no time even for what is popular.
+        """
+        started_s = time.perf_counter()
+        answer = await self._answer(request)
+        self._meter.observe(1e3 * (time.perf_counter() - started_s), answer.degraded)
+        return answer
+
+    async def _answer(self, request: Request) -> Recommendation:
         if not self.circuit.allows(time.monotonic()):
             return await self._degrade(request)
         try:
             async with asyncio.timeout(_time_for_the_model()):
-                answer = await self._submit(request)
+                answer = await self._ask(request)
         except (TimeoutError, DeadlineError, UnavailableError) as error:
             self._failed(error)
             return await self._degrade(request)
@@ -68,7 +82,6 @@ class Answers:
             _LOGGER.error("the model is down or late (%s); what is popular answers for a while", type(error).__name__)
 
     async def _degrade(self, request: Request) -> Recommendation:
-        self.degraded += 1
         return replace(await self._popular.submit(request), degraded=True)
 
 

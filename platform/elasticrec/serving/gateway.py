@@ -146,17 +146,16 @@ def _recommendations(service: Service) -> APIRouter:
         in_flight=service.batches_in_flight,
         max_waiting=service.max_waiting,
     )
-    answers = Answers(questions.submit, service.model.popular, service.circuit)
+    answers = Answers(questions.submit, service.model.popular, service.circuit, service.meter)
     service.meter.waiting = lambda: questions.waiting
     writes = Batcher(service.append, max_batch=MAX_EVENT_BATCH, max_waiting=service.max_waiting)
 
     @router.post("/recommend", response_model=RecommendResponse, summary="Items that a user may want next")
     async def recommend(body: RecommendRequest) -> Response:
         started_s = time.perf_counter()
-        answer = await answers.recommend(
+        answer = await answers.submit(
             Request(k=body.k, user_id=body.user_id, history=tuple(body.history or ()), exclude=tuple(body.exclude))
         )
-        service.meter.observe(1e3 * (time.perf_counter() - started_s), answer.degraded)
         response = RecommendResponse.model_construct(
             items=[
                 RecommendedItem.model_construct(item_id=item.item_id, title=item.title, score=item.score)
