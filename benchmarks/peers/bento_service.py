@@ -16,7 +16,11 @@ class Ask(BaseModel):
     k: int = 10
 
 
-@bentoml.service(workers=int(os.environ.get("WORKERS", "2")), traffic={"timeout": 60, "max_concurrency": 1_000})
+@bentoml.service(
+    workers=int(os.environ.get("WORKERS", "2")),
+    traffic={"timeout": 60, "max_concurrency": 1_000},
+    logging={"access": {"enabled": False}},  # as ours and bare uvicorn run
+)
 class Recommender:
     def __init__(self) -> None:
         self._answering = Answering(os.environ["BUNDLE"], os.environ["DATA"])

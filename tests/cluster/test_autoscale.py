@@ -38,7 +38,8 @@ def wait_for(cluster: LocalCluster, count: int, timeout_s: float = 120) -> None:
 def test_replicas_follow_the_load(cluster: LocalCluster, registry: Registry, tmp_path: Path) -> None:
     arguments = {
         "bundle": f"{registry.root.uri}#films@production", "events": str(tmp_path / "events.sqlite"),
-        "num_cpus": 0.5, "min_replicas": 1, "max_replicas": 2, "target_latency_ms": 1.0, "timeout_ms": 20_000,
+        "num_cpus": 0.5, "min_replicas": 1, "max_replicas": 2, "target_latency_ms": 1.0,
+        "timeout_ms": 20_000, "max_latency_ms": 2_000,
         "upscale_delay_s": 1, "downscale_delay_s": 3,
     }  # fmt: skip
     url = deploy(cluster, arguments)

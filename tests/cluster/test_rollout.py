@@ -110,7 +110,8 @@ def test_versions_move_under_load_and_bad_ones_are_refused(
     root = registry.root.uri
     arguments = {
         "bundle": f"{root}#films@production", "topology": topology, "replicas": 2, "num_cpus": 0.5,
-        "gateway_cpus": 0.5, "events": str(tmp_path / "events.sqlite"),
+        "gateway_cpus": 0.5, "events": str(tmp_path / "events.sqlite"), "timeout_ms": 20_000,
+        "max_latency_ms": 2_000,
     }  # fmt: skip
     url = deploy(cluster, arguments)
     # The application may still drain replicas of the topology before; its answers are of this one now.
@@ -154,7 +155,10 @@ def test_a_configuration_that_names_a_bad_bundle_shows_it_and_changes_nothing(
 ) -> None:
     """Whoever writes a user_config by hand, past the command."""
     root, bad = registry.root.uri, Path(registry.resolve("films", "2"))
-    arguments = {"bundle": f"{root}#films@production", "num_cpus": 0.5, "events": str(tmp_path / "events.sqlite")}
+    arguments = {
+        "bundle": f"{root}#films@production", "num_cpus": 0.5, "events": str(tmp_path / "events.sqlite"),
+        "timeout_ms": 20_000, "max_latency_ms": 2_000,
+    }  # fmt: skip
     url = deploy(cluster, arguments)
     deadline_s = time.monotonic() + 60
     while asked_now(url, 3) != {"films:1"}:

@@ -372,7 +372,7 @@ def test_a_redis_that_may_lose_events_is_refused() -> None:
 
 def test_a_password_is_not_shown() -> None:
     with pytest.raises(EventStoreError) as told:
-        open_events("redis://user:" + "secret@127.0.0.1:1/0")
+        open_events("redis://user:" + "secret" + "@127.0.0.1:1/0")
     assert "secret" not in str(told.value)
 
 

@@ -13,11 +13,14 @@ import pytest
 
 from elasticrec.serving.events import SqliteConfig, SqliteEventStore
 from elasticrec.serving.items import Change, ItemStore, ItemStoreError, SqliteItemStore, StoredItem
+from elasticrec.serving.stores import open_items
+from tests.contract.redis_server import RedisServer, redis_server
 
-STORES: dict[str, Callable[[Path], ItemStore]] = {"sqlite": lambda folder: SqliteItemStore(folder / "events.sqlite")}
-
-# How another process opens the same store; it is given the folder.
-ELSEWHERE = {"sqlite": "SqliteItemStore(Path(sys.argv[1]) / 'events.sqlite')"}
+# Where a store of each kind lies; every test has a fresh one.
+STORES: dict[str, Callable[[Path, RedisServer], str]] = {
+    "sqlite": lambda folder, _: str(folder / "events.sqlite"),
+    "redis": lambda _, server: server.fresh(),
+}
 
 SHIRT = StoredItem(
     item_id="shirt",
@@ -29,25 +32,36 @@ SHIRT = StoredItem(
 )
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    with redis_server() as running:
+        yield running
+
+
 @pytest.fixture(params=STORES)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def store(kind: str, tmp_path: Path) -> Iterator[ItemStore]:
-    opened = STORES[kind](tmp_path)
+def where(kind: str, tmp_path: Path, server: RedisServer) -> str:
+    return STORES[kind](tmp_path, server)
+
+
+@pytest.fixture
+def store(where: str) -> Iterator[ItemStore]:
+    opened = open_items(where)
     yield opened
     opened.close()
 
 
-def child(kind: str, folder: Path, code: str) -> subprocess.Popen[str]:
+def child(where: str, code: str) -> subprocess.Popen[str]:
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom elasticrec.serving.items import *\n"
-        f"store = {ELSEWHERE[kind]}\n" + textwrap.dedent(code)
+        "import sys, time\nfrom elasticrec.serving.items import *\nfrom elasticrec.serving.stores import open_items\n"
+        "store = open_items(sys.argv[1])\n" + textwrap.dedent(code)
     )
     return subprocess.Popen(
-        [sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, where], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
     )
 
 
@@ -86,17 +100,17 @@ def test_any_text_is_an_id(store: ItemStore, text: str) -> None:
     assert change.item == StoredItem(item_id=text, title=text, categories=(text,), attributes={text: text})
 
 
-def test_a_store_keeps_its_items_when_it_is_closed(kind: str, tmp_path: Path) -> None:
-    first = STORES[kind](tmp_path)
+def test_a_store_keeps_its_items_when_it_is_closed(where: str) -> None:
+    first = open_items(where)
     first.put(SHIRT)
     first.close()
-    second = STORES[kind](tmp_path)
+    second = open_items(where)
     assert second.since(0)[1] == [Change(item_id="shirt", item=SHIRT)]
     second.close()
 
 
-def test_another_process_sees_a_change_at_once(kind: str, store: ItemStore, tmp_path: Path) -> None:
-    reader = child(kind, tmp_path, "for line in sys.stdin: print(store.revision(), store.since(0)[1][-1], flush=True)")
+def test_another_process_sees_a_change_at_once(where: str, store: ItemStore) -> None:
+    reader = child(where, "for line in sys.stdin: print(store.revision(), store.since(0)[1][-1], flush=True)")
     assert reader.stdin is not None
     assert reader.stdout is not None
     for number in range(5):
@@ -110,13 +124,13 @@ def test_another_process_sees_a_change_at_once(kind: str, store: ItemStore, tmp_
     assert reader.returncode == 0
 
 
-def test_processes_and_threads_that_write_at_once_lose_nothing(kind: str, tmp_path: Path) -> None:
+def test_processes_and_threads_that_write_at_once_lose_nothing(where: str) -> None:
     code = """
     for number in range(20):
         store.put(StoredItem(item_id=f"{sys.argv[1]} {id(store)} {time.monotonic_ns()}"))
     """
-    writers = [child(kind, tmp_path, code) for _ in range(2)]
-    store = STORES[kind](tmp_path)
+    writers = [child(where, code) for _ in range(2)]
+    store = open_items(where)
 
     def write(name: str) -> None:
         for number in range(20):
@@ -136,7 +150,7 @@ def test_processes_and_threads_that_write_at_once_lose_nothing(kind: str, tmp_pa
     store.close()
 
 
-def test_an_acknowledged_change_survives_sigkill(kind: str, tmp_path: Path) -> None:
+def test_an_acknowledged_change_survives_sigkill(where: str) -> None:
     code = """
     number = 0
     while True:
@@ -144,7 +158,7 @@ def test_an_acknowledged_change_survives_sigkill(kind: str, tmp_path: Path) -> N
         print(number, flush=True)  # the acknowledgement
         number += 1
     """
-    writer = child(kind, tmp_path, code)
+    writer = child(where, code)
     assert writer.stdout is not None
     acknowledged = [writer.stdout.readline() for _ in range(10)]
     os.kill(writer.pid, signal.SIGKILL)
@@ -153,7 +167,7 @@ def test_an_acknowledged_change_survives_sigkill(kind: str, tmp_path: Path) -> N
     writer.stdout.close()
     assert writer.stdin is not None
     writer.stdin.close()
-    store = STORES[kind](tmp_path)
+    store = open_items(where)
     kept = [change.item_id for change in store.since(0)[1]]
     assert kept[: len(acknowledged)] == [line.strip() for line in acknowledged]
     store.close()
@@ -167,6 +181,11 @@ def test_items_and_events_share_a_file(tmp_path: Path) -> None:
     assert items.revision() == 1
     events.close()
     items.close()
+
+
+def test_a_redis_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ItemStoreError, match="is Redis up"):
+        open_items(f"unix://{tmp_path}/none.sock")
 
 
 def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ def test_a_bundle_that_answers_as_published_is_taken_and_another_refused(registr
         check(one, wrong, Scorer(wrong), SelfCheck())
     with pytest.raises(BundleRefusedError, match=r"one answer takes .* ms, 1e-06 are allowed"):
         check(one, one.network(), Scorer(one.network()), SelfCheck(max_latency_ms=1e-6))
+    check(one, one.network(), Scorer(one.network()), None)  # nothing else could answer
     with pytest.raises(ConfigError, match="must be above 0"):
         SelfCheck(max_latency_ms=0)
 

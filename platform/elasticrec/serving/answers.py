@@ -9,15 +9,17 @@ from dataclasses import replace
 from typing import Final
 
 from elasticrec.serving.api import ApiError, DeadlineError, UnavailableError
+from elasticrec.serving.batcher import Batcher
 from elasticrec.serving.circuit import Circuit, CircuitConfig
 from elasticrec.serving.deadline import left_s
 from elasticrec.serving.events import EventStoreError
 from elasticrec.serving.history import Request
 from elasticrec.serving.items import ItemStoreError
+from elasticrec.serving.meter import Meter
 from elasticrec.serving.postprocess import Recommendation
 
-_RESERVE_S: Final = 0.05  # of the caller's time, kept for the answer without the model
-_RESERVE: Final = 0.25  # or this share of it, where that is less
+_RESERVE: Final = 0.3  # of the caller's time, kept for the answer without the model: many are late at once
+_MAX_BATCH: Final = 64
 _LOGGER = logging.getLogger("ray.serve")
 
 
@@ -29,20 +31,38 @@ class Answers:
         submit: Callable[[Request], Awaitable[Recommendation]],
         popular: Callable[[Sequence[Request]], list[Recommendation]],
         config: CircuitConfig,
+        meter: Meter,
     ) -> None:
         """`submit`: asks the model. `popular`: answers without it; called in a thread of its own."""
-        self._submit, self._popular = submit, popular
+        self._ask = submit
+        self._meter = meter
         self.circuit = Circuit(config)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="popular")
-        self.degraded = 0
+        thread = ThreadPoolExecutor(1, thread_name_prefix="popular")
 
-    async def recommend(self, request: Request) -> Recommendation:
-        """Raises EventStoreError when histories cannot be read, OverloadedError when too many wait."""
+        async def run(requests: Sequence[Request]) -> list[Recommendation]:
+            return await asyncio.get_running_loop().run_in_executor(thread, popular, requests)
+
+        self._popular = Batcher(run, max_batch=_MAX_BATCH)
+
+    async def submit(self, request: Request) -> Recommendation:
+        """The answer to one request; its time is told to the meter.
+
+        Raises:
+            EventStoreError: histories cannot be read.
+            OverloadedError: too many wait.
+            DeadlineError: there was no time even for what is popular.
+        """
+        started_s = time.perf_counter()
+        answer = await self._answer(request)
+        self._meter.observe(1e3 * (time.perf_counter() - started_s), answer.degraded)
+        return answer
+
+    async def _answer(self, request: Request) -> Recommendation:
         if not self.circuit.allows(time.monotonic()):
             return await self._degrade(request)
         try:
             async with asyncio.timeout(_time_for_the_model()):
-                answer = await self._submit(request)
+                answer = await self._ask(request)
         except (TimeoutError, DeadlineError, UnavailableError) as error:
             self._failed(error)
             return await self._degrade(request)
@@ -63,11 +83,9 @@ class Answers:
             _LOGGER.error("the model is down or late (%s); what is popular answers for a while", type(error).__name__)
 
     async def _degrade(self, request: Request) -> Recommendation:
-        self.degraded += 1
-        (answer,) = await asyncio.get_running_loop().run_in_executor(self._thread, self._popular, [request])
-        return replace(answer, degraded=True)
+        return replace(await self._popular.submit(request), degraded=True)
 
 
 def _time_for_the_model() -> float | None:
     left = left_s()
-    return None if left is None else max(0.0, left - min(_RESERVE_S, _RESERVE * left))
+    return None if left is None else max(0.0, (1 - _RESERVE) * left)

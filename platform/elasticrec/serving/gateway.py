@@ -114,11 +114,11 @@ def _product(service: Service) -> APIRouter:
         in_flight=service.batches_in_flight,
         max_waiting=service.max_waiting,
     )
-    answers = Answers(questions.submit, service.model.popular, service.circuit)
+    answers = Answers(questions.submit, service.model.popular, service.circuit, service.meter)
     service.meter.waiting = lambda: questions.waiting
-    add_recommendations(router, service, answers.recommend)
-    add_search(router, service, answers.recommend)
-    add_items(router, service, answers.recommend)
+    add_recommendations(router, service, answers.submit)
+    add_search(router, service, answers.submit)
+    add_items(router, service, answers.submit)
     return router
 
 

@@ -139,7 +139,8 @@ class FusedReplica:
 
         def load(uri: str) -> Loaded:
             bundle = open_bundle(uri)
-            model = Recommender(bundle, events, _checked_scorer(bundle, args), items, args.how)
+            scorer = _checked_scorer(bundle, args, self._versions.answers)
+            model = Recommender(bundle, events, scorer, items, args.how)
             return Loaded(model=model, recommend=in_thread(model.recommend, thread))
 
         self._versions = Versions(load)
@@ -176,8 +177,10 @@ class ModelReplica:
 
     def __init__(self, args: Args) -> None:
         torch.set_num_threads(args.threads)
-        self._scorers: Shelf[Scorer] = Shelf(lambda uri: _checked_scorer(open_bundle(uri), args))
         self._asked: Rollout | None = None
+        self._scorers: Shelf[Scorer] = Shelf(
+            lambda uri: _checked_scorer(open_bundle(uri), args, self._asked is not None)
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._batches = 0
         self._meter = Meter(waiting=lambda: max(0, self._batches - 1) * args.max_batch, told=_metrics())
@@ -278,10 +281,10 @@ def _protection(args: Args) -> Protection:
     return Protection(max_in_flight=args.max_ongoing_requests, timeout_ms=args.timeout_ms, rate=rate, audit=audit)
 
 
-def _checked_scorer(bundle: Bundle, args: Args) -> Scorer:
+def _checked_scorer(bundle: Bundle, args: Args, others_answer: bool) -> Scorer:
     network = bundle.network()
     # As the network answers by itself: a prior or a stage of somebody else may well change the answers.
-    check(bundle, network, Scorer(network), SelfCheck(max_latency_ms=args.max_latency_ms))
+    check(bundle, network, Scorer(network), SelfCheck(max_latency_ms=args.max_latency_ms) if others_answer else None)
     return make_scorer(bundle, args.how, network)
 
 

@@ -43,7 +43,6 @@ def add_recommendations(router: APIRouter, service: Service, ask: Ask) -> None:
         started_s = time.perf_counter()
         offset = body.offset if body.cursor is None else offset_of(body.cursor)
         answer = await ask(to_request(body, body.user_id, tuple(body.history or ()), offset))
-        service.meter.observe(1e3 * (time.perf_counter() - started_s), answer.degraded)
         version, page_end = answer.version or service.model.version, offset + body.k
         if body.cursor is not None:
             check_cursor(body.cursor, _question_of(body, version))

@@ -85,6 +85,11 @@ class Versions:
         return self._live
 
     @property
+    def answers(self) -> bool:
+        """Whether a version is live."""
+        return self._live is not None
+
+    @property
     def version(self) -> str:
         return self._production.model.version
 
