@@ -93,7 +93,10 @@ need_program() {
 
 case "${1:-}" in
 setup) check_python ;;
-test) need_program git git ;;
+test)
+    need_program git git
+    need_program redis-server redis-server redis # the event stores' contract runs against a real one
+    ;;
 *)
     say "usage: deploy/system.sh setup|test"
     exit 2

@@ -1,4 +1,4 @@
-"""A label of the registry moved to a version; options: elasticrec registry promote --help."""
+"""A label of the registry, and the service, moved to a version; options: elasticrec registry promote --help."""
 
 import sys
 

@@ -1,7 +1,9 @@
-"""What every event store keeps to. A new store joins by one entry of STORES."""
+"""What every event store keeps to. A new store joins by one entry of STORES. Redis is a real server."""
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -24,18 +26,20 @@ from elasticrec.serving.events import (
     StoredEvent,
     seed_from,
 )
+from elasticrec.serving.stores import open_events
+from tests.contract.redis_server import RedisServer, redis_server
 
-
-def open_sqlite(folder: Path) -> EventStore:
-    return SqliteEventStore(SqliteConfig(path=folder / "events.sqlite"))
-
-
-STORES: dict[str, Callable[[Path], EventStore]] = {"sqlite": open_sqlite}
-
-# How another process opens the same store; it is given the folder.
-ELSEWHERE = {
-    "sqlite": "SqliteEventStore(SqliteConfig(path=Path(sys.argv[1]) / 'events.sqlite'))",
+# Where a store of each kind lies; every test has a fresh one.
+STORES: dict[str, Callable[[Path, "RedisServer"], str]] = {
+    "sqlite": lambda folder, _: str(folder / "events.sqlite"),
+    "redis": lambda _, server: server.fresh(),
 }
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    with redis_server() as running:
+        yield running
 
 
 @pytest.fixture(params=STORES)
@@ -44,8 +48,13 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def store(kind: str, tmp_path: Path) -> Iterator[EventStore]:
-    opened = STORES[kind](tmp_path)
+def where(kind: str, tmp_path: Path, server: RedisServer) -> str:
+    return STORES[kind](tmp_path, server)
+
+
+@pytest.fixture
+def store(where: str) -> Iterator[EventStore]:
+    opened = open_events(where)
     yield opened
     opened.close()
 
@@ -54,13 +63,14 @@ def event(user: str, item: str, timestamp: int = 7) -> StoredEvent:
     return StoredEvent(user_id=user, item_id=item, timestamp=timestamp, event_type="click")
 
 
-def child(kind: str, folder: Path, code: str) -> subprocess.Popen[str]:
+def child(where: str, code: str) -> subprocess.Popen[str]:
+    """Another process with the same store."""
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom elasticrec.serving.events import *\n"
-        f"store = {ELSEWHERE[kind]}\n" + textwrap.dedent(code)
+        "import sys\nfrom elasticrec.serving.events import StoredEvent\n"
+        "from elasticrec.serving.stores import open_events\nstore = open_events(sys.argv[1])\n" + textwrap.dedent(code)
     )
     return subprocess.Popen(
-        [sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, where], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
     )
 
 
@@ -99,11 +109,11 @@ def test_events_of_one_call_are_kept_all_or_none(store: EventStore) -> None:
     assert store.history("ann", 10) == ["b"]
 
 
-def test_a_store_keeps_its_events_when_it_is_closed(kind: str, tmp_path: Path) -> None:
-    first = STORES[kind](tmp_path)
+def test_a_store_keeps_its_events_when_it_is_closed(where: str) -> None:
+    first = open_events(where)
     first.append([event("ann", "a")])
     first.close()
-    second = STORES[kind](tmp_path)
+    second = open_events(where)
     assert second.history("ann", 10) == ["a"]
     second.close()
 
@@ -123,8 +133,8 @@ def test_threads_lose_nothing(store: EventStore) -> None:
         assert store.history(f"user {number}", 100) == [str(item) for item in range(20)]
 
 
-def test_another_process_sees_an_event_at_once(kind: str, store: EventStore, tmp_path: Path) -> None:
-    reader = child(kind, tmp_path, "for line in sys.stdin: print(store.history('ann', 1)[0], flush=True)")
+def test_another_process_sees_an_event_at_once(where: str, store: EventStore) -> None:
+    reader = child(where, "for line in sys.stdin: print(store.history('ann', 1)[0], flush=True)")
     assert reader.stdin is not None
     assert reader.stdout is not None
     for number in range(5):
@@ -136,22 +146,22 @@ def test_another_process_sees_an_event_at_once(kind: str, store: EventStore, tmp
     assert reader.returncode == 0
 
 
-def test_processes_that_start_and_write_at_once_lose_nothing(kind: str, tmp_path: Path) -> None:
+def test_processes_that_start_and_write_at_once_lose_nothing(where: str) -> None:
     code = """
     for number in range(30):
         store.append([StoredEvent(user_id=f"user {sys.stdin.fileno()}", item_id=str(number), timestamp=1),
                       StoredEvent(user_id="all", item_id=str(number), timestamp=1)])
     """
-    writers = [child(kind, tmp_path, code) for _ in range(3)]
+    writers = [child(where, code) for _ in range(3)]
     for writer in writers:
         writer.communicate(timeout=60)
     assert [writer.returncode for writer in writers] == [0, 0, 0]
-    store = STORES[kind](tmp_path)
+    store = open_events(where)
     assert len(store.history("all", 1_000)) == 90
     store.close()
 
 
-def test_an_acknowledged_event_survives_sigkill(kind: str, tmp_path: Path) -> None:
+def test_an_acknowledged_event_survives_sigkill(where: str) -> None:
     code = """
     number = 0
     while True:
@@ -159,7 +169,7 @@ def test_an_acknowledged_event_survives_sigkill(kind: str, tmp_path: Path) -> No
         print(number, flush=True)  # the acknowledgement
         number += 1
     """
-    writer = child(kind, tmp_path, code)
+    writer = child(where, code)
     assert writer.stdout is not None
     acknowledged = [writer.stdout.readline() for _ in range(25)]
     os.kill(writer.pid, signal.SIGKILL)
@@ -168,7 +178,7 @@ def test_an_acknowledged_event_survives_sigkill(kind: str, tmp_path: Path) -> No
     writer.stdout.close()
     assert writer.stdin is not None
     writer.stdin.close()
-    store = STORES[kind](tmp_path)
+    store = open_events(where)
     kept = store.history("ann", 1_000_000)
     assert kept[: len(acknowledged)] == [line.strip() for line in acknowledged]
     assert len(kept) - len(acknowledged) in (0, 1)  # one may have been written and not yet been told
@@ -273,12 +283,120 @@ def test_opening_does_not_wait_for_a_long_seed(tmp_path: Path) -> None:
     store.close()
 
 
+def test_an_event_id_is_kept_once_a_user(store: EventStore) -> None:
+    def named(user: str, item: str, event_id: str | None) -> StoredEvent:
+        return StoredEvent(user_id=user, item_id=item, timestamp=1, event_id=event_id)
+
+    store.append([named("ann", "a", "1"), named("ann", "again", "1"), named("bob", "b", "1"), named("ann", "c", "2")])
+    store.append([named("ann", "again", "2"), named("ann", "d", "3"), named("ann", "e", None), named("ann", "e", None)])
+    assert store.history("ann", 10) == ["a", "c", "d", "e", "e"]
+    assert store.history("bob", 10) == ["b"]
+    assert store.count("ann") == 5
+
+
+def test_an_event_that_several_processes_send_is_kept_once(where: str, store: EventStore) -> None:
+    code = """
+    for number in range(20):
+        store.append([StoredEvent(user_id="ann", item_id=str(number), timestamp=1, event_id=str(number))])
+    """
+    writers = [child(where, code) for _ in range(3)]
+    for writer in writers:
+        writer.communicate(timeout=60)
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    assert sorted(store.history("ann", 100), key=int) == [str(number) for number in range(20)]
+
+
+def test_an_erased_user_is_gone_and_no_data_set_brings_them_back(store: EventStore, tmp_path: Path, where: str) -> None:
+    seed_from(store, SeedConfig(data=prepared_data(tmp_path)))
+    store.append([event("ann", "z"), event("eve", "y")])
+    assert store.erase("ann") == 4
+    assert store.erase("ann") == 0
+    for opened in (store, open_events(where)):  # in every process
+        assert (opened.history("ann", 10), opened.newest("ann", 10), opened.seen("ann")) == ([], [], set())
+        assert opened.count("ann") == 0
+        assert opened.history("eve", 10) == ["c", "y"]
+    opened.close()
+    assert store.seed("tuesday", [event("ann", "a"), event("bob", "b")]) == 1
+    assert store.history("ann", 10) == []
+    assert store.history("bob", 10) == ["b"]
+    store.append([event("ann", "new")])  # who comes back starts anew
+    assert store.history("ann", 10) == ["new"]
+    assert store.seed("wednesday", [event("ann", "a")]) == 0
+    assert store.history("ann", 10) == ["new"]
+
+
+def test_newest_gives_times_and_types(store: EventStore) -> None:
+    given = [StoredEvent(user_id="ann", item_id="é", timestamp=2**53, event_type=None), event("ann", "b", 0)]
+    store.append(given)
+    assert store.newest("ann", 10) == given
+    assert store.newest("ann", 1) == given[1:]
+
+
+def test_an_erased_user_is_not_in_the_bytes_of_the_database(tmp_path: Path) -> None:
+    path = tmp_path / "events.sqlite"
+    store = SqliteEventStore(SqliteConfig(path=path))
+    store.append([event("somebody in particular", "a")] * 10)
+    store.erase("somebody in particular")
+    assert all(b"in particular" not in file.read_bytes() for file in tmp_path.iterdir())
+    store.close()
+
+
+def test_a_database_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "events.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as older:
+        older.executescript(
+            "CREATE TABLE events (event_number INTEGER PRIMARY KEY, source INTEGER NOT NULL, user_id TEXT NOT NULL, "
+            "item_id TEXT NOT NULL, event_type TEXT, timestamp INTEGER NOT NULL);"
+            "CREATE INDEX events_of_user ON events (user_id, source, event_number, item_id);"
+            "CREATE TABLE seeds (fingerprint TEXT PRIMARY KEY, events INTEGER NOT NULL);"
+            "INSERT INTO events VALUES (1, 1, 'ann', 'a', NULL, 5); PRAGMA user_version = 2;"
+        )
+    store = SqliteEventStore(SqliteConfig(path=path))
+    store.append([StoredEvent(user_id="ann", item_id="b", timestamp=6, event_id="1")] * 2)
+    assert store.history("ann", 10) == ["a", "b"]
+    assert store.erase("ann") == 2
+    store.close()
+
+
+def test_a_redis_that_may_lose_events_is_refused() -> None:
+    with redis_server("--appendfsync", "everysec") as careless:
+        with pytest.raises(EventStoreError, match=r"would lose acknowledged events.*everysec"):
+            open_events(careless.url)
+        store = open_events(f"{careless.url}&wait_replicas=1")  # which it has none of
+        with pytest.raises(EventStoreError, match="0 replicas of the events, 1 are asked for"):
+            store.append([event("ann", "a")])
+        store.close()
+    with pytest.raises(EventStoreError, match="is Redis up"):
+        open_events(careless.url)
+
+
+def test_a_password_is_not_shown() -> None:
+    with pytest.raises(EventStoreError) as told:
+        open_events("redis://user:" + "secret" + "@127.0.0.1:1/0")
+    assert "secret" not in str(told.value)
+
+
+def test_acknowledged_events_survive_a_kill_of_redis() -> None:
+    with redis_server() as server:
+        store = open_events(server.url)
+        for number in range(50):
+            store.append([event("ann", str(number))])
+        server.kill()
+        with pytest.raises(EventStoreError, match="is Redis up"):
+            store.append([event("ann", "lost")])
+        server.start()
+        assert store.history("ann", 100) == [str(number) for number in range(50)]
+        store.append([event("ann", "after")])
+        assert store.history("ann", 1) == ["after"]
+        store.close()
+
+
 @pytest.mark.parametrize("version", [1, 9])
 def test_a_database_of_another_version_is_refused(tmp_path: Path, version: int) -> None:
     store = SqliteEventStore(SqliteConfig(path=tmp_path / "events.sqlite"))
     store._writer.execute(f"PRAGMA user_version = {version}")
     store.close()
-    with pytest.raises(EventStoreError, match=f"schema {version}, this version reads 2"):
+    with pytest.raises(EventStoreError, match=f"schema {version}, this version reads 3"):
         SqliteEventStore(SqliteConfig(path=tmp_path / "events.sqlite"))
 
 

@@ -193,7 +193,7 @@ def test_serve_run(cluster: LocalCluster, folder: Path, topology: str) -> None:
         assert_serves(connected, user=f"user of {topology}")
         assert_no_input_breaks_it(connected)
         assert_stands_load(cluster)
-        assert connected.get("/healthz").json() == {"status": "ok", "model_version": "recommender:1"}
+        assert connected.get("/healthz").json()["model_version"] == "recommender:1"
 
 
 def test_serve_deploy_with_keys_keeps_events(cluster: LocalCluster, folder: Path) -> None:

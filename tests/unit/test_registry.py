@@ -40,7 +40,8 @@ def test_a_published_bundle_is_whole_and_knows_its_version(registry: Registry, b
     assert (published.name, published.version) == ("films", "2")
     assert published.manifest.lineage["dataset"] == "abc"
     assert published.manifest.lineage["published_from"] == {"uri": bundle.uri, "name": "trained", "version": "0"}
-    assert published.manifest.files == bundle.manifest.files
+    golden = published.manifest.files["golden.json"]
+    assert published.manifest.files == bundle.manifest.files | {"golden.json": golden}
     assert open_bundle(bundle.uri).version == "0"
 
 

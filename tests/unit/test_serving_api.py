@@ -97,7 +97,7 @@ def test_an_answer_carries_items_version_and_timings(app: FastAPI) -> None:
     assert body["source"] == "model"
     assert body["model_version"] == "tiny:3"
     assert body["history_length"] == 2
-    assert set(body["timings_ms"]) == {"history", "encode", "retrieve", "postprocess", "queue", "total"}
+    assert set(body["timings_ms"]) == {"history", "encode", "retrieve", "rank", "postprocess", "queue", "total"}
     assert body["timings_ms"]["total"] >= sum(body["timings_ms"][stage] for stage in ("history", "encode", "retrieve"))
 
 
@@ -131,6 +131,28 @@ def test_events_keep_their_time_and_get_one(app: FastAPI, service: Service) -> N
     assert made_time > 1_700_000_000
 
 
+def test_a_user_sees_what_is_kept_and_can_have_it_erased(app: FastAPI) -> None:
+    given = [
+        {"user_id": "u/ é", "item_id": "i1", "timestamp": 5, "event_type": "click", "event_id": "1"},
+        {"user_id": "u/ é", "item_id": "?", "timestamp": 6, "event_id": "2"},
+    ]
+    for _ in range(2):  # a client that did not get the answer sends it again
+        assert call(app, "POST", "/v1/events", json={"events": given}).status_code == 200
+    body = call(app, "GET", "/v1/users/u%2F%20%C3%A9").json()
+    assert body["total"] == 2
+    assert body["events"] == [
+        {"item_id": "i1", "title": "Item 1", "event_type": "click", "timestamp": 5},
+        {"item_id": "?", "title": None, "event_type": None, "timestamp": 6},
+    ]
+    assert len(call(app, "GET", "/v1/users/u%2F%20%C3%A9?limit=1").json()["events"]) == 1
+    assert call(app, "DELETE", "/v1/users/u%2F%20%C3%A9").json() == {"erased": 2}
+    assert call(app, "GET", "/v1/users/u%2F%20%C3%A9").json() == {"user_id": "u/ é", "events": [], "total": 0}
+    assert recommend(app, user_id="u/ é").json()["source"] == "popularity"
+    for query in ("limit=0", "limit=1001", "limit=x"):
+        assert_problem(call(app, "GET", f"/v1/users/ann?{query}"), 422, "invalid-request")
+    assert_problem(call(app, "GET", f"/v1/users/{'x' * 257}"), 422, "invalid-request")
+
+
 def test_an_item_is_described(app: FastAPI) -> None:
     body = call(app, "GET", "/v1/items/i7").json()
     assert body["title"] == "Item 7"
@@ -152,8 +174,8 @@ def test_an_unknown_item_is_not_found(app: FastAPI, path: str) -> None:
 
 
 def test_health(app: FastAPI) -> None:
-    assert call(app, "GET", "/healthz").json() == {"status": "ok", "model_version": "tiny:3"}
-    assert call(app, "GET", "/readyz").json() == {"status": "ready", "model_version": "tiny:3"}
+    assert call(app, "GET", "/healthz").json() == {"status": "ok", "model_version": "tiny:3", "refused": []}
+    assert call(app, "GET", "/readyz").json() == {"status": "ready", "model_version": "tiny:3", "refused": []}
 
 
 def test_not_ready_while_the_event_store_is_gone(service: Service, tmp_path: Path) -> None:
@@ -187,7 +209,18 @@ def test_our_own_bug_is_a_problem_without_a_trace(service: Service) -> None:
 
 def test_openapi_names_every_route_its_limits_and_the_key(app: FastAPI) -> None:
     document = call(app, "GET", "/openapi.json").json()
-    assert set(document["paths"]) == {"/v1/recommend", "/v1/events", "/v1/items/{item_id}", "/healthz", "/readyz"}
+    assert set(document["paths"]) == {
+        "/v1/recommend",
+        "/v1/recommend:batch",
+        "/v1/search",
+        "/v1/events",
+        "/v1/items/{item_id}",
+        "/v1/items/{item_id}/similar",
+        "/v1/users/{user_id}",
+        "/v1/admin/replica",
+        "/healthz",
+        "/readyz",
+    }
     request = document["components"]["schemas"]["RecommendRequest"]
     assert request["properties"]["k"] == {"type": "integer", "minimum": 1, "maximum": 200, "default": 10, "title": "K"}
     assert request["additionalProperties"] is False

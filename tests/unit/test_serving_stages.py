@@ -19,14 +19,17 @@ from elasticrec.model.block import BlockConfig
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.history import History
 from elasticrec.model.network import Network, NetworkConfig
-from elasticrec.model.tables import TABLES, Precision, make_table
+from elasticrec.model.tables import TABLES, Precision
+from elasticrec.serving.assortment import Assortment
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.events import EventStore, SqliteConfig, SqliteEventStore, StoredEvent
 from elasticrec.serving.history import Histories, Request
 from elasticrec.serving.postprocess import Recommendation
+from elasticrec.serving.question import Candidates, Question
 from elasticrec.serving.recommender import Recommender, SplitRecommender
 from elasticrec.serving.retrieval import ExactRetriever
-from elasticrec.serving.scorer import Candidates, Question, Scorer
+from elasticrec.serving.scorer import Scorer
+from elasticrec.serving.setup import GatewaySetup, ModelSetup
 
 N_ITEMS = 30
 MAX_LENGTH = 6
@@ -70,6 +73,11 @@ def recommender(bundle: Bundle, events: EventStore) -> Recommender:
     return Recommender(bundle, events)
 
 
+def histories_of(bundle: Bundle, events: EventStore) -> Histories:
+    encoder = EncoderConfig(width=8, max_length=MAX_LENGTH)
+    return Histories(GatewaySetup(assortment=Assortment(Catalogue(bundle.items())), events=events, encoder=encoder))
+
+
 def scores(answer: Recommendation) -> list[float | None]:
     return [item.score for item in answer.items]
 
@@ -88,7 +96,7 @@ def test_the_answer_is_the_best_of_the_whole_catalogue(bundle: Bundle, recommend
     assert [item.score for item in answer.items] == pytest.approx(score_I.sort(descending=True)[0][:8].tolist(), 1e-4)
     assert answer.source == "model"
     assert answer.history_length == 3
-    assert set(answer.timings_ms) == {"history", "encode", "retrieve", "postprocess"}
+    assert set(answer.timings_ms) == {"history", "encode", "retrieve", "rank", "postprocess"}
 
 
 def test_a_long_history_counts_with_its_newest_events_but_blocks_with_all(recommender: Recommender) -> None:
@@ -179,12 +187,15 @@ def test_split_gives_the_same_answers_in_one_call_a_batch(
         asyncio.run(split.recommend([Request(k=7, user_id="nobody")]))
     assert len(asked) == 1  # nobody's history needs no model
     assert asked[0].past.item_BT.shape == (2, MAX_LENGTH)
-    assert asked[0].k == 5
+    assert asked[0].k == 6  # one more than is shown says whether there are more
 
 
 def test_a_question_holds_arrays_only(bundle: Bundle, events: EventStore) -> None:
-    histories = Histories(Catalogue(bundle.items()), events, EncoderConfig(width=8, max_length=MAX_LENGTH))
-    question = histories.prepare([Request(k=3, history=("i2", "i9")), Request(k=4, history=("i1",))]).question
+    question = (
+        histories_of(bundle, events)
+        .prepare([Request(k=3, history=("i2", "i9")), Request(k=4, history=("i1",))])
+        .question
+    )
     assert question is not None
     assert question.past.item_BT.tolist() == [[2, 9], [0, 1]]
     assert question.past.item_BT.dtype == np.int32
@@ -199,25 +210,27 @@ def test_stored_items_that_the_model_does_not_know_push_no_known_ones_out(bundle
     known = [f"i{number}" for number in range(1, MAX_LENGTH + 2)]
     mixed = [item_id for number, name in enumerate(known) for item_id in (f"x{number}", name, f"y{number}")]
     events.append([StoredEvent(user_id="mixed", item_id=item_id, timestamp=0) for item_id in mixed])
-    (background,) = Histories(Catalogue(bundle.items()), events, EncoderConfig(width=8, max_length=MAX_LENGTH)).prepare(
-        [Request(k=1, user_id="mixed")]
-    ).backgrounds  # fmt: skip
+    (background,) = histories_of(bundle, events).prepare([Request(k=1, user_id="mixed")]).backgrounds
     assert background.items.tolist() == [2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("precision", TABLES)
-def test_retrieval_is_exact_for_every_table(precision: Precision) -> None:
+@pytest.mark.parametrize("n_items", [49, 3_000])  # the second has more than one block of scores for each candidate
+def test_retrieval_is_exact_for_every_table(precision: Precision, n_items: int) -> None:
     torch.manual_seed(0)
-    table = make_table(precision, 50, 8)
+    network = Network(NetworkConfig(encoder=EncoderConfig(width=8, blocks=1), table=precision), n_items).eval()
+    table = network.encoder.items
     state = {name: torch.randint(-9, 9, value.shape).to(value.dtype) for name, value in table.state_dict().items()}
     table.load_state_dict(state)
+    question = Question(past=None, blocked_row_N=np.array([0, 2]), blocked_item_N=np.array([11, 12]), k=7)
     with torch.inference_mode():
         query_BD = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
         expected_BI = table.cosine(query_BD)
-        item_BK, score_BK = ExactRetriever(table.cosine).top(query_BD, 7, torch.tensor([0, 2]), torch.tensor([11, 12]))
+        item_BK, score_BK = ExactRetriever(ModelSetup(network=network)).retrieve(query_BD, question)
     expected_BI = expected_BI.clone()
     expected_BI[:, 0] = expected_BI[0, 11] = expected_BI[2, 12] = -9
-    expected = expected_BI.topk(7)
+    expected = expected_BI.topk(item_BK.shape[1])
+    assert item_BK.shape[1] >= 7
     torch.testing.assert_close(score_BK, expected.values)
     torch.testing.assert_close(expected_BI.gather(1, item_BK), expected.values)
     assert not (item_BK == 0).any()

@@ -4,6 +4,7 @@ manifest.json         config, recipe, metrics, lineage, sha256 of each file; wri
 weights.safetensors   the state of the network
 items.parquet         item_index, item_id, title, categories, count
 content.parquet       what gives new items a vector: weights of categories and words (only where it was fitted)
+golden.json           answers to fixed questions, by which a replica checks itself (only once published)
 """
 
 import os
@@ -27,8 +28,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from elasticrec import __version__
+from elasticrec.artifact.golden import Golden, parse_golden
 from elasticrec.artifact.location import Location, locate, new_folder
-from elasticrec.artifact.manifest import CONTENT, ITEMS, MANIFEST, WEIGHTS, FileEntry, Manifest, parse, render
+from elasticrec.artifact.manifest import CONTENT, GOLDEN, ITEMS, MANIFEST, WEIGHTS, FileEntry, Manifest, parse, render
 from elasticrec.columns import CATEGORIES, COUNT, ITEM, ITEM_INDEX, TITLE
 from elasticrec.config import from_mapping, to_mapping
 from elasticrec.data.sequences import Float32
@@ -96,6 +98,20 @@ class Bundle:
             BundleError: the file is missing or damaged.
         """
         return ContentTower.of_table(_read_table(self.location / CONTENT)) if CONTENT in self.manifest.files else None
+
+    def golden(self) -> list[Golden] | None:
+        """Its answers to fixed questions; none before it was published.
+
+        Raises:
+            BundleError: the file is missing or damaged.
+        """
+        if GOLDEN not in self.manifest.files:
+            return None
+        place = self.location / GOLDEN
+        try:
+            return parse_golden(place.read(), str(place))
+        except OSError as error:
+            raise BundleError(f"'{place}' is missing or damaged: {error}; get the bundle again") from None
 
     def embed_new(self, items: pa.Table, vectors: Float32 | None = None) -> Tensor:
         """Vectors of new items in the space of the network's item table: float32 (items, width).

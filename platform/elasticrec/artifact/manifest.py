@@ -18,6 +18,7 @@ MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.safetensors"
 ITEMS: Final = "items.parquet"
 CONTENT: Final = "content.parquet"  # only where a content tower was fitted
+GOLDEN: Final = "golden.json"  # only once published
 
 SCHEMA_VERSION: Final = 1
 READABLE_SINCE: Final = "0.1.0"  # the first elasticrec that reads SCHEMA_VERSION

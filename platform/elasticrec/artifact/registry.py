@@ -1,6 +1,6 @@
 """Bundles in, numbered versions and movable labels out, in one folder on any pyarrow filesystem.
 
-    ROOT/NAME/versions/3/                    a bundle, never changed
+    ROOT/NAME/versions/3/                    a bundle, never changed; with its answers to fixed questions
     ROOT/NAME/labels/production/000007.json  the seventh move of the label; the highest number is where it points
 
 A version is claimed by renaming a complete folder to a number that is free, a move of a label by creating the next
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Final, Literal
 
 from elasticrec.artifact.bundle import Bundle, describe, open_bundle
+from elasticrec.artifact.golden import golden_answers, render_golden
 from elasticrec.artifact.location import Location, locate, new_folder
-from elasticrec.artifact.manifest import MANIFEST, render
+from elasticrec.artifact.manifest import GOLDEN, MANIFEST, render
 from elasticrec.errors import BundleError, RegistryError, suggestion
 
 LATEST: Final = "latest"  # always the highest version; not a label
@@ -39,6 +40,7 @@ class Move:
     by: str
     reason: str
     at: str  # ISO 8601, UTC
+    percent: float | None = None  # of the users (canary) or of the requests (shadow); none for other labels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,10 +61,11 @@ class Registry:
     def publish(self, bundle: Bundle | str | Path, name: str) -> str:
         """Copies a bundle into the registry as the next version of `name`; returns the version.
 
-        The copy's manifest carries the registry's name and version, and where it came from in its lineage.
+        The copy's manifest carries the registry's name and version, and where it came from in its lineage. Its golden
+        answers are made here, unless the bundle has some, so that whoever loads it can check that it still gives them.
 
         Raises:
-            BundleError: the bundle is damaged.
+            BundleError: the bundle is damaged, or holds no network that answers.
             RegistryError: the name cannot be used.
         """
         _check_name("name", name)
@@ -99,8 +102,10 @@ class Registry:
         place = self.root / name / "labels" / label
         return [_read_move(place / record) for record in _records(place)]
 
-    def set_label(self, name: str, label: str, version: str, *, by: str = "", reason: str = "") -> Move:
-        """Points a label at a version.
+    def set_label(
+        self, name: str, label: str, version: str, *, by: str = "", reason: str = "", percent: float | None = None
+    ) -> Move:
+        """Points a label at a version; `percent` says of how much it takes part (`serving/rollout.py`).
 
         Raises:
             RegistryError: there is no such version, or the label cannot be used.
@@ -109,7 +114,8 @@ class Registry:
         self._check_version(name, version)
         while True:
             moves = self.history(name, label)
-            if moved := self._append(name, label, len(moves), version, "set", by, reason):
+            moved = Move(version=version, action="set", by=by or _user(), reason=reason, at=_now(), percent=percent)
+            if self._append(name, label, len(moves), moved):
                 return moved
 
     def rollback(self, name: str, label: str, *, by: str = "", reason: str = "") -> Move:
@@ -119,15 +125,23 @@ class Registry:
             RegistryError: the label has no earlier version, or someone moved it at the same moment.
         """
         moves = self.history(name, label)
+        earlier = self._earlier(name, label, moves)
+        moved = Move(version=earlier, action="rollback", by=by or _user(), reason=reason, at=_now())
+        if not self._append(name, label, len(moves), moved):
+            raise RegistryError(f"label '{label}' of '{name}' was moved by someone else just now; look, then try again")
+        return moved
+
+    def version_before(self, name: str, label: str) -> str:
+        """Where a rollback of the label would go; raises as `rollback`."""
+        return self._earlier(name, label, self.history(name, label))
+
+    def _earlier(self, name: str, label: str, moves: Sequence[Move]) -> str:
         if not moves:
             raise self._no_label(name, label)
         earlier = trail(moves)[:-1]
         if not earlier:
             raise RegistryError(f"label '{label}' of '{name}' was never at another version than {moves[-1].version}")
-        moved = self._append(name, label, len(moves), earlier[-1], "rollback", by, reason)
-        if moved is None:
-            raise RegistryError(f"label '{label}' of '{name}' was moved by someone else just now; look, then try again")
-        return moved
+        return earlier[-1]
 
     def version_of(self, name: str, ref: str) -> str:
         """The version that a label, a version or `latest` names.
@@ -154,15 +168,11 @@ class Registry:
         """The bundle that a label, a version or `latest` names."""
         return open_bundle(self.root / name / "versions" / self.version_of(name, ref), verify=verify)
 
-    def _append(
-        self, name: str, label: str, count: int, version: str, action: Literal["set", "rollback"], by: str, reason: str
-    ) -> Move | None:
-        """Writes move number count + 1; none when somebody else wrote it first."""
-        moved = Move(version=version, action=action, by=by or _user(), reason=reason, at=_now())
+    def _append(self, name: str, label: str, count: int, moved: Move) -> bool:
+        """Writes move number count + 1; false when somebody else wrote it first."""
         place = self.root / name / "labels" / label
         place.make_folder()
-        record = (json.dumps(asdict(moved)) + "\n").encode()
-        return moved if (place / _record(count + 1)).claim(record) else None
+        return (place / _record(count + 1)).claim((json.dumps(asdict(moved)) + "\n").encode())
 
     def _claimed(self, name: str) -> list[str]:
         """Numbers that are taken, also by a publisher that died on an object store before its manifest."""
@@ -236,7 +246,11 @@ def _copy(source: Bundle, folder: Location, name: str, version: str) -> None:
             raise BundleError(f"'{place}' is damaged: its sha256 differs; get the bundle again")
     origin = {"uri": source.uri, "name": source.name, "version": source.version}
     lineage = {**source.manifest.lineage, "published_from": origin}
-    manifest = replace(source.manifest, name=name, version=version, lineage=lineage)
+    files = dict(source.manifest.files)
+    if GOLDEN not in files:
+        (folder / GOLDEN).write(render_golden(golden_answers(source.network())))
+        files[GOLDEN] = describe(folder / GOLDEN)
+    manifest = replace(source.manifest, name=name, version=version, lineage=lineage, files=files)
     (folder / MANIFEST).write(render(manifest))
 
 

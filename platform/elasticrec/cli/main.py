@@ -43,8 +43,10 @@ COMMANDS: Tree = {
     },
     "registry": {
         "publish": Command("registry:publish", "copy a bundle into the registry as the next version"),
-        "promote": Command("registry:promote", "point a label at a version"),
-        "rollback": Command("registry:rollback", "point a label at the version it had before"),
+        "promote": Command("registry:promote", "point a label, and the service, at a version"),
+        "canary": Command("registry:canary", "answer a share of the users by another version"),
+        "shadow": Command("registry:shadow", "compare another version's answers without returning them"),
+        "rollback": Command("registry:rollback", "point a label, and the service, at the version before"),
         "list": Command("registry:list_versions", "models, versions and labels"),
     },
     "recommend": Command("recommend:recommend", "recommendations of a bundle, without a service"),

@@ -23,7 +23,8 @@ from elasticrec.model.network import AnyEncoder
 from elasticrec.serving.batch import BATCH_SCHEMA
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.past import UserEvents, newest_time, right_align
-from elasticrec.serving.scorer import Question, Scorer
+from elasticrec.serving.question import Question
+from elasticrec.serving.scorer import Scorer
 
 Reference = Annotated[str, tyro.conf.Positional]
 

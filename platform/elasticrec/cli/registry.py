@@ -1,13 +1,22 @@
-"""`elasticrec registry …`: publish versions, move labels."""
+"""`elasticrec registry …`: publish versions, move labels, and take running applications along.
+
+With RAY_ADDRESS set (a job has it) a move of production, canary or shadow reaches the application that serves the
+model: its replicas load and check the version first, the label moves when all have, then they answer by it.
+"""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated
 
 import tyro
 
 from elasticrec.artifact.location import locate
-from elasticrec.artifact.registry import DEFAULT_LABEL, Registry, parse_reference, resolve_reference
-from elasticrec.errors import InputError
+from elasticrec.artifact.registry import DEFAULT_LABEL, Move, Registry, parse_reference, resolve_reference
+from elasticrec.cli.rollout import Change, label_of, running
+from elasticrec.cli.service import NAME
+from elasticrec.errors import ConfigError, InputError
+from elasticrec.serving.labels import CANARY, SHADOW
 
 CHOSEN = "chosen.json"  # what `elasticrec compress` leaves in its folder
 DEFAULT_ROOT = "runs/registry"
@@ -30,8 +39,10 @@ def publish(bundle: Reference, name: str, root: str = DEFAULT_ROOT, label: str |
     print(f"{root}#{name}@{version}" + (f" is {label}" if label else ""))
 
 
-def promote(name: str, version: str, root: str = DEFAULT_ROOT, label: str = DEFAULT_LABEL, reason: str = "") -> None:
-    """Points a label at a version; services that read the label at their next deployment serve it.
+def promote(
+    name: str, version: str, root: str = DEFAULT_ROOT, label: str = DEFAULT_LABEL, reason: str = "", app: str = NAME
+) -> None:
+    """Points a label at a version. The application that serves the label moves to it without a failed request.
 
     Args:
         name: of the model.
@@ -39,23 +50,73 @@ def promote(name: str, version: str, root: str = DEFAULT_ROOT, label: str = DEFA
         root: folder or URI of the registry.
         label: the label that moves.
         reason: kept in the label's history.
+        app: the application on the cluster of RAY_ADDRESS that is told.
     """
     registry = Registry(root)
-    move = registry.set_label(name, label, registry.version_of(name, version), reason=reason)
-    print(f"{name}@{label} is version {move.version}")
+    chosen = registry.version_of(name, version)
+    uri = registry.resolve(name, chosen)
+    _move(
+        name,
+        label,
+        app,
+        lambda rollout: replace(rollout, production=uri),
+        lambda: registry.set_label(name, label, chosen, reason=reason),
+    )
 
 
-def rollback(name: str, root: str = DEFAULT_ROOT, label: str = DEFAULT_LABEL, reason: str = "") -> None:
-    """Points a label at the version it had before.
+def rollback(
+    name: str, root: str = DEFAULT_ROOT, label: str = DEFAULT_LABEL, reason: str = "", app: str = NAME
+) -> None:
+    """Points a label at the version it had before, in the same way.
 
     Args:
         name: of the model.
         root: folder or URI of the registry.
         label: the label that moves.
         reason: kept in the label's history.
+        app: the application on the cluster of RAY_ADDRESS that is told.
     """
-    move = Registry(root).rollback(name, label, reason=reason)
-    print(f"{name}@{label} is version {move.version}")
+    registry = Registry(root)
+    uri = registry.resolve(name, registry.version_before(name, label))
+    _move(
+        name,
+        label,
+        app,
+        lambda rollout: replace(rollout, production=uri),
+        lambda: registry.rollback(name, label, reason=reason),
+    )
+
+
+def canary(
+    name: str, version: str, percent: float, root: str = DEFAULT_ROOT, reason: str = "", app: str = NAME
+) -> None:
+    """Answers a share of the users by another version, always the same ones; 0 ends it.
+
+    Args:
+        name: of the model.
+        version: a version, a label, or `latest`.
+        percent: of the users.
+        root: folder or URI of the registry.
+        reason: kept in the label's history.
+        app: the application on the cluster of RAY_ADDRESS that is told.
+    """
+    _part(CANARY, name, version, percent, root, reason, app)
+
+
+def shadow(
+    name: str, version: str, percent: float = 100.0, root: str = DEFAULT_ROOT, reason: str = "", app: str = NAME
+) -> None:
+    """Asks another version beside the one that answers and counts what they have in common; 0 ends it.
+
+    Args:
+        name: of the model.
+        version: a version, a label, or `latest`.
+        percent: of the requests.
+        root: folder or URI of the registry.
+        reason: kept in the label's history.
+        app: the application on the cluster of RAY_ADDRESS that is told.
+    """
+    _part(SHADOW, name, version, percent, root, reason, app)
 
 
 def list_versions(root: str = DEFAULT_ROOT) -> None:
@@ -73,6 +134,33 @@ def list_versions(root: str = DEFAULT_ROOT) -> None:
         for version in registry.versions(name):
             marks = sorted(label for label, at in labels.items() if at == version)
             print(f"{name}@{version}" + (f"  {', '.join(marks)}" if marks else ""))
+
+
+def _part(part: str, name: str, version: str, percent: float, root: str, reason: str, app: str) -> None:
+    if not 0 <= percent <= 100:
+        raise ConfigError(f"--percent is {percent}; give 0 to 100")
+    registry = Registry(root)
+    chosen = registry.version_of(name, version)
+    uri = registry.resolve(name, chosen) if percent else None
+    change: Change = {
+        CANARY: lambda rollout: replace(rollout, canary=uri, canary_percent=percent),
+        SHADOW: lambda rollout: replace(rollout, shadow=uri, shadow_percent=percent),
+    }[part]
+    _move(name, part, app, change, lambda: registry.set_label(name, part, chosen, reason=reason, percent=percent))
+    print(f"{part} takes {percent:g} %")
+
+
+def _move(name: str, label: str, app: str, change: Change, move_label: Callable[[], Move]) -> None:
+    """The label and the application that serves it; the label stays where it is when a replica refuses the bundle."""
+    moved: list[Move] = []
+    told = f"no application '{app}' was told"
+    with running(name, app) as application:
+        if application is None or label not in (label_of(application), CANARY, SHADOW):
+            moved.append(move_label())
+        else:
+            application.move(change(application.current()), lambda: moved.append(move_label()))
+            told = f"every replica of '{app}' answers by it"
+    print(f"{name}@{label} is version {moved[0].version}; {told}")
 
 
 def _chosen_of(bundle: str) -> str:

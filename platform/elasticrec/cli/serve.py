@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import tyro
 
@@ -12,7 +12,8 @@ from elasticrec.cli.local_cluster import LocalClusterConfig, local_cluster
 from elasticrec.cli.progress import bar
 from elasticrec.cli.service import ServiceError, answers, deploy, require_free
 from elasticrec.data.sequences import open_store
-from elasticrec.serving.auth import create_key, revoke_key
+from elasticrec.serving.auth import Scope, create_key, revoke_key
+from elasticrec.serving.stores import absolute
 
 PROBE_S, SILENT_PROBES = 5, 24
 DEFAULT_KEYS = Path("runs/serving/keys.json")
@@ -20,7 +21,7 @@ DEFAULT_KEYS = Path("runs/serving/keys.json")
 
 def run(
     bundle: Annotated[str, tyro.conf.Positional],
-    events: Path = Path("runs/serving/events.sqlite"),
+    events: str = "runs/serving/events.sqlite",
     seed: Path | None = None,
     keys: Path | None = None,
     topology: Literal["fused", "split"] = "fused",
@@ -32,7 +33,7 @@ def run(
 
     Args:
         bundle: folder, URI, or REGISTRY#NAME@LABEL.
-        events: SQLite file of the event store.
+        events: event store: an SQLite file, or redis://….
         seed: prepared data set whose events known users start with.
         keys: key file (`elasticrec serve key`); without one nobody is asked for a key.
         topology: stages in one replica, or HTTP apart from the model.
@@ -44,8 +45,8 @@ def run(
     open_bundle(resolve_reference(bundle))  # told now, not by replicas that fail to start
     if seed:
         open_store(seed)
-    paths = {"events": events, "seed": seed, "keys": keys}
-    arguments = {name: str(path.absolute()) for name, path in paths.items() if path}
+    paths = {"seed": seed, "keys": keys}
+    arguments = {name: str(path.absolute()) for name, path in paths.items() if path} | {"events": absolute(events)}
     arguments |= {"bundle": _absolute(bundle), "topology": topology, "replicas": str(replicas)}
     config = LocalClusterConfig(num_cpus=replicas + 1, train_slots=0, haproxy=haproxy, auth="token")
     with local_cluster(config) as cluster:
@@ -59,14 +60,16 @@ def run(
         raise ServiceError(f"nothing has answered on {url} for {SILENT_PROBES * PROBE_S} s; the service was stopped")
 
 
-def key(name: Annotated[str, tyro.conf.Positional], keys: Path = DEFAULT_KEYS) -> None:
+def key(name: Annotated[str, tyro.conf.Positional], scopes: str = "read,events", keys: Path = DEFAULT_KEYS) -> None:
     """Makes an API key and shows it once; the file keeps its hash only.
 
     Args:
         name: who it is for.
+        scopes: what it may do, with commas between: read, events, admin.
         keys: the key file; made when it is not there.
     """
-    print(create_key(keys, name))
+    wanted = tuple(scope.strip() for scope in scopes.split(","))
+    print(create_key(keys, name, cast(tuple[Scope, ...], wanted)))
 
 
 def revoke(name: Annotated[str, tyro.conf.Positional], keys: Path = DEFAULT_KEYS) -> None:

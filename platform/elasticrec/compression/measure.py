@@ -17,7 +17,8 @@ import torch
 from elasticrec.errors import ConfigError
 from elasticrec.model.history import History
 from elasticrec.model.network import Network
-from elasticrec.serving.scorer import Question, Scorer
+from elasticrec.serving.question import Question
+from elasticrec.serving.scorer import Scorer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -72,6 +72,16 @@ class RelativeBias(nn.Module):
         # A large finite value: a padding row sees only padding, and -inf throughout would give NaN.
         return bias_BNLL + scene.layout.hidden_BL[:, None, None, :].to(bias_BNLL.dtype) * -1e9
 
+    def newest(self, scene: Scene) -> Tensor:
+        """`masked` for the newest token of each user: (1 or B, N, 1, L)."""
+        bias_BNLL, place_B = self.masked(scene), scene.layout.newest_place()
+        if place_B is None:
+            return bias_BNLL[:, :, -1:]
+        if len(bias_BNLL) == 1:
+            return bias_BNLL[0].index_select(1, place_B).transpose(0, 1)[:, :, None]
+        index_BN1L = place_B[:, None, None, None].expand(-1, bias_BNLL.shape[1], 1, bias_BNLL.shape[3])
+        return bias_BNLL.gather(2, index_BN1L)
+
     def forward(self, scene: Scene) -> Tensor | None:
         """Bias (1 or B, N, L, L) without any mask; none when nothing is learned."""
         bias_BNLL: Tensor | None = None

@@ -84,6 +84,24 @@ class GatedAttention(nn.Module):
         a_MA = scene.layout.gather(merge_heads(self._attend(q_BNLH, k_BNLH, v_BNLH, scene)))
         return self.out(self.norm(a_MA) * F.silu(u_MA))  # type: ignore[no-any-return]
 
+    def newest(self, x_MD: Tensor, scene: Scene) -> Tensor:
+        """The same for the newest token of each user alone: (B, D). Of the others only keys and values are computed."""
+        layout = scene.layout
+        if type(self.project) is nn.Linear:
+            q_AD, kv_2AD, u_AD = self.project.weight.split([self.inner, 2 * self.inner, self.inner])
+            kv_M2A = F.linear(x_MD, kv_2AD)
+            x_BD = layout.newest(x_MD)
+            q_BA, u_BA = F.linear(x_BD, q_AD), F.linear(x_BD, u_AD)
+        else:  # rounded layers are multiplied as a whole
+            all_M4A = self.project(x_MD)
+            kv_M2A = all_M4A[:, self.inner : 3 * self.inner]
+            newest_B4A = layout.newest(all_M4A)
+            q_BA, u_BA = newest_B4A[:, : self.inner], newest_B4A[:, 3 * self.inner :]
+        k_BNLH, v_BNLH = split_heads(layout.grid(kv_M2A), self.heads, 2)
+        (q_BN1H,) = split_heads(q_BA[:, None], self.heads, 1)
+        a_BN1H = F.scaled_dot_product_attention(q_BN1H, k_BNLH, v_BNLH, attn_mask=self.bias.newest(scene))
+        return self.out(self.norm(merge_heads(a_BN1H)[:, 0]) * F.silu(u_BA))  # type: ignore[no-any-return]
+
     def _attend(self, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, scene: Scene) -> Tensor:
         if not (self.flex and q_BNLH.is_cuda):
             return F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH, attn_mask=self.bias.masked(scene))
@@ -124,6 +142,12 @@ class Block(nn.Module):
         """float (M, D) in and out."""
         x_MD = self._add(x_MD, self.attention(self.attention_norm(x_MD), scene), self.attention_gate)
         return self._add(x_MD, self.feed_forward(self.feed_forward_norm(x_MD)), self.feed_forward_gate)
+
+    def newest(self, x_MD: Tensor, scene: Scene) -> Tensor:
+        """What `forward` gives for the newest token of each user: float (M, D) in, (B, D) out."""
+        attended_BD = self.attention.newest(self.attention_norm(x_MD), scene)
+        x_BD = self._add(scene.layout.newest(x_MD), attended_BD, self.attention_gate)
+        return self._add(x_BD, self.feed_forward(self.feed_forward_norm(x_BD)), self.feed_forward_gate)
 
     def _add(self, x_MD: Tensor, y_MD: Tensor, gate: nn.Linear | None) -> Tensor:
         y_MD = self.dropout(y_MD)

@@ -15,7 +15,7 @@ from elasticrec.data.inputs import Inputs
 from elasticrec.data.sequences import Store
 from elasticrec.errors import ConfigError
 from elasticrec.model.bias import Scene, TimeGaps
-from elasticrec.model.block import BlockConfig
+from elasticrec.model.block import Block, BlockConfig
 from elasticrec.model.blocks import AnyBlock, make_block
 from elasticrec.model.dropout import Dropout
 from elasticrec.model.features import EventEmbedding, EventInput, RatingEmbedding, RatingInput
@@ -109,6 +109,19 @@ class Encoder(nn.Module):
             x_MD = self._through(block, x_MD, scene)
         h_MD: Tensor = self.norm(x_MD)
         return scene.layout.restore(h_MD)
+
+    def newest(self, history: History) -> Tensor:
+        """What `forward` gives for the newest event of each history: float (B, D).
+
+        The last block's other positions are not computed where it can do without: 40 % of the work of two blocks.
+        """
+        scene = self._scene(history)
+        x_MD = self._input(history, scene.layout)
+        *others, last = self.blocks
+        for block in others:
+            x_MD = block(x_MD, scene)
+        x_BD = last.newest(x_MD, scene) if isinstance(last, Block) else scene.layout.newest(last(x_MD, scene))
+        return self.norm(x_BD)  # type: ignore[no-any-return]
 
     def _through(self, block: nn.Module, x_MD: Tensor, scene: Scene) -> Tensor:
         if self.recompute and self.training:

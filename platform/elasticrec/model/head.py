@@ -61,6 +61,10 @@ class Head(nn.Module):
         """Scores of all items for queries, by the table's own arithmetic, without a copy of it."""
         raise NotImplementedError
 
+    def product_of(self, items: ItemTable, query_BD: Tensor, index_BK: Tensor) -> Tensor:
+        """Scores of some items for each query, in float32 whatever the table's own arithmetic: (B, K)."""
+        raise NotImplementedError
+
     def forward(self, h_BD: Tensor, items: ItemTable) -> Tensor:
         """float (B, I): the score of each item."""
         return self.product(items)(self.query(h_BD))
@@ -90,6 +94,9 @@ class CosineHead(Head):
     def product(self, items: ItemTable) -> Product:
         return items.cosine  # linear in the query, so the length of the query (the scale) stays in
 
+    def product_of(self, items: ItemTable, query_BD: Tensor, index_BK: Tensor) -> Tensor:
+        return items.cosine_of(query_BD, index_BK)
+
 
 class DotHead(Head):
     """query · item."""
@@ -102,6 +109,9 @@ class DotHead(Head):
 
     def product(self, items: ItemTable) -> Product:
         return items.dot
+
+    def product_of(self, items: ItemTable, query_BD: Tensor, index_BK: Tensor) -> Tensor:
+        return items.dot_of(query_BD, index_BK)
 
 
 @singledispatch

@@ -43,6 +43,14 @@ class Layout:
         """(B, L, X) as (M, X)."""
         return x_BLX.reshape(self.batch * self.length, -1)
 
+    def newest(self, x_MX: Tensor) -> Tensor:
+        """(M, X) as (B, X): the newest token of each user; of one without tokens it means nothing."""
+        return x_MX.view(self.batch, self.length, -1)[:, -1]
+
+    def newest_place(self) -> Tensor | None:
+        """Where the newest token stands on the grid: (B,); none where it is the last place for all."""
+        return None
+
     def add_positions(self, x_MD: Tensor, position_TD: Tensor) -> Tensor:
         """Adds the vector of its column to each token; the newest event has the last one."""
         return self.gather(self.grid(x_MD) + position_TD[-self.columns :])
@@ -78,6 +86,7 @@ class Packed(Layout):
             torch.arange(1, self.batch + 1, device=item_BT.device) * self.columns - length_B
         )
         self._place_M = self._source_M + shift_B[row_M]  # places in (B, L)
+        self._length_B = length_B
 
     def tokens(self, x_BT: Tensor) -> Tensor:
         return x_BT.reshape(-1)[self._source_M]
@@ -93,6 +102,12 @@ class Packed(Layout):
     def gather(self, x_BLX: Tensor) -> Tensor:
         flat_X = x_BLX.reshape(self.batch * self.length, -1)
         return _Gather.apply(flat_X, self._place_M)  # type: ignore[no-any-return, no-untyped-call]
+
+    def newest(self, x_MX: Tensor) -> Tensor:
+        return x_MX.index_select(0, (self._length_B.cumsum(0) - 1).clamp_(min=0))
+
+    def newest_place(self) -> Tensor | None:
+        return (self._length_B - 1).clamp(min=0)
 
     def add_positions(self, x_MD: Tensor, position_TD: Tensor) -> Tensor:
         column_M = self._source_M % self.columns + (len(position_TD) - self.columns)

@@ -38,3 +38,13 @@ class LowRankTable(ItemTable):
 
     def cosine(self, query_BD: Tensor) -> Tensor:
         return self.left.dot(query_BD @ self.get_buffer("right_RD").t())
+
+    def dot_of(self, query_BD: Tensor, index_BK: Tensor) -> Tensor:
+        return self.cosine_of(query_BD, index_BK) * self.get_buffer("length_I")[index_BK]
+
+    def cosine_of(self, query_BD: Tensor, index_BK: Tensor) -> Tensor:
+        return self.left.dot_of(query_BD @ self.get_buffer("right_RD").t(), index_BK)
+
+    @property
+    def rounds_queries(self) -> bool:
+        return self.left.rounds_queries

@@ -56,3 +56,7 @@ class MeanEncoder(nn.Module):
         sum_BTD = (self.items(history.item_BT) * seen_BT1).cumsum(dim=1)
         mean_BTD = sum_BTD / seen_BT1.cumsum(dim=1).clamp(min=1)
         return self.out(self.dropout(torch.relu(self.hidden(mean_BTD))))  # type: ignore[no-any-return]
+
+    def newest(self, history: History) -> Tensor:
+        """float (B, D): of the newest event alone."""
+        return self(history)[:, -1]  # type: ignore[no-any-return]

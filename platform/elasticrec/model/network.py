@@ -53,6 +53,10 @@ class Network(nn.Module):
         """Right-aligned histories -> float (B, T, D) hidden vectors."""
         return self.encoder(history)  # type: ignore[no-any-return]
 
+    def newest(self, history: History) -> Tensor:
+        """Right-aligned histories -> float (B, D): the hidden vector of the newest event, from which is recommended."""
+        return self.encoder.newest(history)
+
     @property
     def device(self) -> torch.device:
         """Where its tensors are; a network in int8 may have no parameters."""

@@ -69,6 +69,19 @@ class ItemTable(nn.Module):
             return query_BD @ self.directions().t()
         return self._products(query_BD).mul_(self._inverse_lengths())
 
+    def dot_of(self, query_BD: Tensor, index_BK: Tensor) -> Tensor:
+        """`dot` of some rows for each query, in float32 whatever the table multiplies with: (B, K)."""
+        return torch.einsum("bd,bkd->bk", query_BD, self(index_BK))
+
+    def cosine_of(self, query_BD: Tensor, index_BK: Tensor) -> Tensor:
+        """`cosine` of some rows for each query, in float32 whatever the table multiplies with: (B, K)."""
+        return torch.einsum("bd,bkd->bk", query_BD, F.normalize(self(index_BK), dim=-1))
+
+    @property
+    def rounds_queries(self) -> bool:
+        """Whether `dot` and `cosine` round the query, so that `dot_of` and `cosine_of` know better."""
+        return False
+
     def cached_bytes(self) -> int:
         """Bytes held beside the parameters and buffers."""
         return self._lengths[1].nbytes if self._lengths else 0
@@ -141,6 +154,10 @@ class IntegerTable(ItemTable):
     def __len__(self) -> int:
         return len(self.get_buffer("scale_I"))
 
+    @property
+    def rounds_queries(self) -> bool:
+        return integers.multiplies_int8(self.stored)
+
     def integers(self, index: Tensor) -> Tensor:
         """Rows of the indexed items without their scale: int8 (..., D)."""
         raise NotImplementedError
@@ -153,6 +170,10 @@ class IntegerTable(ItemTable):
 
     def dot(self, query_BD: Tensor) -> Tensor:
         return self._products(query_BD).mul_(self.get_buffer("scale_I"))
+
+    def cosine_of(self, query_BD: Tensor, index_BK: Tensor) -> Tensor:
+        direction_BKD = F.normalize(self.integers(index_BK).float(), dim=-1)  # as `cosine`, without the scale
+        return torch.einsum("bd,bkd->bk", query_BD, direction_BKD)
 
     def _products(self, query_BD: Tensor) -> Tensor:
         if not integers.multiplies_int8(query_BD):

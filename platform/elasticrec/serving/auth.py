@@ -1,6 +1,6 @@
 """API keys: made once and shown once, kept as SHA-256 in a JSON file, checked in constant time.
 
-    {"keys": [{"name": "shop", "sha256": "…", "created": "2026-01-31T12:00:00+00:00"}]}
+    {"keys": [{"name": "shop", "sha256": "…", "created": "2026-01-31T12:00:00+00:00", "scopes": ["read", "events"]}]}
 
 A key is 256 random bits, so a plain hash of it cannot be searched; slow password hashes would only slow requests.
 """
@@ -18,10 +18,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, get_args
 
 from elasticrec.errors import ConfigError, suggestion
 
+Scope = Literal["read", "events", "admin"]  # admin: erase users, change items, look inside; it includes no other
+SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
+DEFAULT_SCOPES: Final[tuple[Scope, ...]] = ("read", "events")
 KEY_PREFIX: Final = "er_"  # lets secret scanners find a leaked key
 _LOGGER = logging.getLogger(__name__)
 
@@ -33,13 +36,19 @@ class StoredKey:
     name: str
     sha256: str
     created: str  # ISO 8601, UTC
+    scopes: tuple[Scope, ...] = DEFAULT_SCOPES  # what keys could do before there were scopes
+
+    def __post_init__(self) -> None:
+        for scope in self.scopes:
+            if scope not in SCOPES:
+                raise ConfigError(f"key '{self.name}' has the scope '{scope}'{suggestion(str(scope), SCOPES)}")
 
 
-def create_key(path: str | Path, name: str) -> str:
+def create_key(path: str | Path, name: str, scopes: tuple[Scope, ...] = DEFAULT_SCOPES) -> str:
     """Adds a key to the file and returns it; nothing shows it again. Running services take it up by themselves.
 
     Raises:
-        ConfigError: the name is empty or taken, or the file cannot be read.
+        ConfigError: the name is empty or taken, a scope is not known, or the file cannot be read.
     """
     key = KEY_PREFIX + secrets.token_urlsafe(32)
     if not name.strip():
@@ -49,7 +58,8 @@ def create_key(path: str | Path, name: str) -> str:
         if any(entry.name == name for entry in stored):
             raise ConfigError(f"'{path}' has a key named '{name}' already; choose another name or revoke that one")
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        _write(Path(path), [*stored, StoredKey(name=name, sha256=_digest(key), created=created)])
+        made = StoredKey(name=name, sha256=_digest(key), created=created, scopes=tuple(scopes))
+        _write(Path(path), [*stored, made])
     return key
 
 
@@ -75,7 +85,7 @@ def read_keys(path: str | Path) -> list[StoredKey]:
     """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))["keys"]
-        return [StoredKey(**entry) for entry in entries]
+        return [StoredKey(**entry | {"scopes": tuple(entry.get("scopes", DEFAULT_SCOPES))}) for entry in entries]
     except FileNotFoundError:
         raise ConfigError(f"there is no key file '{path}'; make a key with 'elasticrec serve key'") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -95,12 +105,17 @@ class KeyRing:
 
     def name_of(self, key: str) -> str | None:
         """Whose key it is; none for a key that is not known."""
+        found = self.find(key)
+        return None if found is None else found.name
+
+    def find(self, key: str) -> StoredKey | None:
+        """What is kept of a key; none for one that is not known."""
         self._follow_file()
         given = _digest(key)
         found = None
-        for digest, name in self._digests.items():  # every one is compared: the time says nothing of which
+        for digest, stored in self._digests.items():  # every one is compared: the time says nothing of which
             if hmac.compare_digest(digest, given):
-                found = name
+                found = stored
         return found
 
     def _follow_file(self) -> None:
@@ -128,6 +143,16 @@ def key_in(headers: Mapping[bytes, bytes]) -> str | None:
     return key.decode("latin-1") or None
 
 
+def scope_of(method: str, path: str) -> Scope:
+    """What a request needs; whatever is not known here is administrative, so that a new route is closed."""
+    if path == "/v1/events" and method == "POST":
+        return "events"
+    if path.startswith("/v1/admin"):
+        return "admin"
+    asks = path.startswith(("/v1/recommend", "/v1/search")) and method == "POST"
+    return "read" if asks or method in ("GET", "HEAD", "OPTIONS") else "admin"
+
+
 def require_loopback(host: str | None) -> None:
     """Refuses to serve without keys on an address that others reach.
 
@@ -152,8 +177,8 @@ def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _digests(keys: list[StoredKey]) -> dict[str, str]:
-    return {entry.sha256: entry.name for entry in keys}
+def _digests(keys: list[StoredKey]) -> dict[str, StoredKey]:
+    return {entry.sha256: entry for entry in keys}
 
 
 def _write(path: Path, keys: list[StoredKey]) -> None:

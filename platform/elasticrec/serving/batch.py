@@ -14,7 +14,9 @@ from elasticrec.artifact.items import translation
 from elasticrec.columns import ITEM, PAD, USER
 from elasticrec.data.sequences import Int64, open_store
 from elasticrec.serving.past import UserEvents, newest_time, right_align
-from elasticrec.serving.scorer import Question, Scorer
+from elasticrec.serving.question import Question
+from elasticrec.serving.scorer import Scorer
+from elasticrec.serving.setup import removes_seen
 
 BATCH_SCHEMA = pa.schema([(USER, pa.string()), ("rank", pa.int32()), (ITEM, pa.string()), ("score", pa.float32())])
 
@@ -22,10 +24,11 @@ BATCH_SCHEMA = pa.schema([(USER, pa.string()), ("rank", pa.int32()), (ITEM, pa.s
 class BatchRecommender:
     """Holds bundle and store; a call answers one batch. Ray Data starts one in each of its actors."""
 
-    def __init__(self, bundle: str, data: str, k: int, remove_seen: bool = True) -> None:
+    def __init__(self, bundle: str, data: str, k: int, remove_seen: bool | None = None) -> None:
+        """`remove_seen`: none is as the bundle was trained and measured."""
         opened, self._store = open_bundle(bundle), open_store(data)
         network = opened.network()
-        self._k, self._remove_seen = k, remove_seen
+        self._k, self._remove_seen = k, removes_seen(opened, remove_seen)
         self._encoder = network.config.encoder
         self._encoder.check(self._store)
         self._now_s = newest_time(self._store.sequences) if self._encoder.inputs.times else 0
@@ -42,6 +45,7 @@ class BatchRecommender:
         user_B = batch["id"].astype(np.int64)
         question = self._question(user_B)
         answer = self._scorer.score(question)
+        assert question.past is not None
         shown_BK = np.isfinite(answer.score_BK) & (question.past.item_BT != PAD).any(axis=1, keepdims=True)
         row_S, place_S = np.nonzero(shown_BK)
         columns = [

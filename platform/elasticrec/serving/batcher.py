@@ -4,10 +4,14 @@ There is no waiting time: an idle worker starts at once, so a lone request pays 
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+from elasticrec.serving.api import DeadlineError, OverloadedError
+from elasticrec.serving.deadline import DEADLINE_S, latest, require_time
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -16,24 +20,43 @@ A = TypeVar("A")
 @dataclass(kw_only=True, slots=True)
 class _Waiting(Generic[Q, A]):
     question: Q
+    deadline_s: float | None = field(default_factory=DEADLINE_S.get)
     answer: "asyncio.Future[A]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Batcher(Generic[Q, A]):
-    """Belongs to one event loop. A failure of a batch is the failure of each of its calls."""
+    """Belongs to one event loop. A failure of a batch is the failure of each of its calls.
+
+    What nobody waits for any more is dropped before it costs the worker time; a batch itself has the deadline of the
+    most patient of its callers.
+    """
 
     def __init__(
-        self, run: Callable[[Sequence[Q]], Awaitable[Sequence[A]]], *, max_batch: int, in_flight: int = 1
+        self,
+        run: Callable[[Sequence[Q]], Awaitable[Sequence[A]]],
+        *,
+        max_batch: int,
+        in_flight: int = 1,
+        max_waiting: int | None = None,
     ) -> None:
         """`run`: answers in the order of its questions. `in_flight`: batches that may run at the same time."""
         self._run = run
+        self._max_waiting = max_waiting
         self._max_batch = max_batch
         self._free = in_flight
         self._waiting: deque[_Waiting[Q, A]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def submit(self, question: Q) -> A:
-        """The answer to one question."""
+        """The answer to one question.
+
+        Raises:
+            OverloadedError: `max_waiting` others wait.
+            DeadlineError: there was no time left.
+        """
+        require_time()
+        if self._max_waiting is not None and len(self._waiting) >= self._max_waiting:
+            raise OverloadedError("too many requests wait for the model; come again")
         waiting: _Waiting[Q, A] = _Waiting(question=question)
         self._waiting.append(waiting)
         if self._free:
@@ -54,11 +77,20 @@ class Batcher(Generic[Q, A]):
         batch: list[_Waiting[Q, A]] = []
         while self._waiting and len(batch) < self._max_batch:
             waiting = self._waiting.popleft()
-            if not waiting.answer.done():  # its caller may have gone
+            if waiting.answer.done():  # its caller has gone
+                continue
+            if waiting.deadline_s is not None and waiting.deadline_s <= time.monotonic():
+                waiting.answer.set_exception(DeadlineError("the time that the request allowed is over"))
+            else:
                 batch.append(waiting)
         return batch
 
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
     async def _answer(self, batch: list[_Waiting[Q, A]]) -> None:
+        DEADLINE_S.set(latest(waiting.deadline_s for waiting in batch))
         try:
             answers = await self._run([waiting.question for waiting in batch])
             pairs = list(zip(batch, answers, strict=True))

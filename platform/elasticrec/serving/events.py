@@ -15,7 +15,8 @@ from elasticrec.columns import ITEM, USER
 from elasticrec.data.sequences import Store, open_store
 from elasticrec.errors import ElasticRecError
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
+_OLDER_VERSION: Final = 2  # taken over where it lies
 _PENDING_PAGES: Final = 1_000  # WAL pages (4 KiB) before SQLite moves them into the database
 
 _SEED, _LIVE = 0, 1  # sources, in the order in which histories give them
@@ -27,11 +28,17 @@ _SCHEMA: Final = (
         user_id      TEXT NOT NULL,
         item_id      TEXT NOT NULL,
         event_type   TEXT,
-        timestamp    INTEGER NOT NULL      -- seconds since the epoch
+        timestamp    INTEGER NOT NULL,     -- seconds since the epoch
+        event_id     TEXT                  -- a user has it once
     )""",
     "CREATE INDEX events_of_user ON events (user_id, source, event_number, item_id)",  # covers every read
     "CREATE TABLE seeds (fingerprint TEXT PRIMARY KEY, events INTEGER NOT NULL)",
 )
+_SINCE_3: Final = (
+    "CREATE UNIQUE INDEX id_of_event ON events (user_id, event_id) WHERE event_id IS NOT NULL",
+    "CREATE TABLE erased (user_hash TEXT PRIMARY KEY)",  # whose seeded events stay away
+)
+_FROM_2: Final = ("ALTER TABLE events ADD COLUMN event_id TEXT", *_SINCE_3)
 
 
 class EventStoreError(ElasticRecError, RuntimeError):
@@ -46,6 +53,7 @@ class StoredEvent:
     item_id: str
     timestamp: int
     event_type: str | None = None
+    event_id: str | None = None  # the same one again, of the same user, is the same event
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +79,7 @@ class EventStore(Protocol):
     """
 
     def append(self, events: Sequence[StoredEvent]) -> None:
-        """Keeps all events, in their order, or none."""
+        """Keeps all events, in their order, or none; those whose id the user had before are passed over."""
         ...
 
     def history(self, user_id: str, limit: int) -> list[str]:
@@ -84,6 +92,14 @@ class EventStore(Protocol):
 
     def seen(self, user_id: str) -> set[str]:
         """All item ids of a user."""
+        ...
+
+    def count(self, user_id: str) -> int:
+        """How many events of a user there are."""
+        ...
+
+    def erase(self, user_id: str) -> int:
+        """Removes all events of a user, and keeps those of every data set that is seeded later away; number removed."""
         ...
 
     def seed(self, fingerprint: str, events: Iterable[StoredEvent]) -> int:
@@ -148,6 +164,19 @@ class SqliteEventStore:
         with self._read_lock, self._telling():
             return {item_id for (item_id,) in self._reader.execute(query, (user_id,))}
 
+    def count(self, user_id: str) -> int:
+        with self._read_lock, self._telling():
+            (count,) = self._reader.execute("SELECT count(*) FROM events WHERE user_id = ?", (user_id,)).fetchone()
+        return int(count)
+
+    def erase(self, user_id: str) -> int:
+        with self._write_lock, self._telling():
+            with self._transaction():
+                erased = self._writer.execute("DELETE FROM events WHERE user_id = ?", (user_id,)).rowcount
+                self._writer.execute("INSERT OR IGNORE INTO erased VALUES (?)", (user_hash(user_id),))
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log would hold the rows for some time yet
+        return erased
+
     def seed(self, fingerprint: str, events: Iterable[StoredEvent]) -> int:
         with self._write_lock, self._telling(), self._transaction():  # one process seeds, the others wait here
             known = self._writer.execute("SELECT 1 FROM seeds WHERE fingerprint = ?", (fingerprint,)).fetchone()
@@ -155,7 +184,9 @@ class SqliteEventStore:
                 return 0
             self._writer.execute("DELETE FROM events WHERE source = ?", (_SEED,))
             self._writer.execute("DELETE FROM seeds")
-            count = self._insert(events, _SEED)
+            away = {hash_ for (hash_,) in self._writer.execute("SELECT user_hash FROM erased")}
+            wanted = (event for event in events if user_hash(event.user_id) not in away) if away else events
+            count = self._insert(wanted, _SEED)
             self._writer.execute("INSERT INTO seeds VALUES (?, ?)", (fingerprint, count))
         return count
 
@@ -171,6 +202,7 @@ class SqliteEventStore:
             check_same_thread=False,  # each connection has its lock
         )
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA secure_delete = ON")  # erased means overwritten
         connection.execute(f"PRAGMA wal_autocheckpoint = {_PENDING_PAGES}")
         return connection
 
@@ -180,19 +212,20 @@ class SqliteEventStore:
             return
         with self._transaction():
             if not self._has_schema():  # nor did another process make it in the meantime
-                for statement in _SCHEMA:
+                (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+                for statement in _FROM_2 if version == _OLDER_VERSION else (*_SCHEMA, *_SINCE_3):
                     self._writer.execute(statement)
                 self._writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _has_schema(self) -> bool:
-        """False for a new file; raises EventStoreError for one of another version."""
+        """False for a new file and one to be brought up; raises EventStoreError for one of another version."""
         (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-        if version not in (0, SCHEMA_VERSION):
+        if version not in (0, _OLDER_VERSION, SCHEMA_VERSION):
             raise EventStoreError(
                 f"'{self.config.path}' has event schema {version}, this version reads {SCHEMA_VERSION}; "
                 "take another file, or the elasticrec that wrote this one"
             )
-        return bool(version)
+        return bool(version == SCHEMA_VERSION)
 
     def _turn_wal_on(self) -> None:
         """The switch to WAL does not wait for other processes by itself, so it is tried again."""
@@ -207,8 +240,14 @@ class SqliteEventStore:
             time.sleep(0.01)
 
     def _insert(self, events: Iterable[StoredEvent], source: int) -> int:
-        rows = ((source, event.user_id, event.item_id, event.event_type, event.timestamp) for event in events)
-        statement = "INSERT INTO events (source, user_id, item_id, event_type, timestamp) VALUES (?, ?, ?, ?, ?)"
+        rows = (
+            (source, event.user_id, event.item_id, event.event_type, event.timestamp, event.event_id)
+            for event in events
+        )
+        statement = (
+            "INSERT INTO events (source, user_id, item_id, event_type, timestamp, event_id) VALUES (?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (user_id, event_id) WHERE event_id IS NOT NULL DO NOTHING"
+        )
         return self._writer.executemany(statement, rows).rowcount
 
     @contextlib.contextmanager
@@ -230,6 +269,11 @@ class SqliteEventStore:
             raise EventStoreError(
                 f"event store '{self.config.path}' failed: {error}; it must be an SQLite file on a local, writable disk"
             ) from error
+
+
+def user_hash(user_id: str) -> str:
+    """What is remembered of an erased user: enough to know them in a data set, not who they were."""
+    return hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def seed_from(store: EventStore, config: SeedConfig) -> int:

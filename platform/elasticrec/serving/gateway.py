@@ -7,9 +7,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from concurrent.futures import Executor
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Security
 from fastapi.exceptions import RequestValidationError
@@ -20,30 +19,38 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from elasticrec import __version__
+from elasticrec.serving.admin import admin
+from elasticrec.serving.answers import Answers
 from elasticrec.serving.api import (
     ApiError,
     EventsRequest,
     EventsResponse,
     HealthResponse,
-    ItemNotFoundError,
-    ItemResponse,
+    MissingQueryError,
     Problem,
-    RecommendedItem,
-    RecommendRequest,
-    RecommendResponse,
     UnavailableError,
     problem,
 )
 from elasticrec.serving.auth import KeyRing
 from elasticrec.serving.batcher import Batcher
-from elasticrec.serving.catalogue import Catalogue
-from elasticrec.serving.events import EventStore, EventStoreError, StoredEvent
-from elasticrec.serving.guard import Guard, ProblemResponse, respond
+from elasticrec.serving.document import documented
+from elasticrec.serving.events import EventStoreError, StoredEvent
+from elasticrec.serving.guard import Guard, ProblemResponse, Protection, respond
 from elasticrec.serving.history import Request
+from elasticrec.serving.item_routes import add_items
+from elasticrec.serving.items import ItemStoreError
 from elasticrec.serving.postprocess import Recommendation
+from elasticrec.serving.recommend_routes import add_recommendations
+from elasticrec.serving.search_routes import add_search
+from elasticrec.serving.service import Service
+from elasticrec.serving.timings import timings
+from elasticrec.serving.users import users
+
+__all__ = ["Service", "create_app", "in_thread"]
 
 MAX_EVENT_BATCH = 256  # requests whose events share one commit
 READY_TIMEOUT_S = 5.0
+_NO_TEXT = ("missing", "string_pattern_mismatch")
 _MAX_SHOWN_ERRORS = 10
 _MAX_SHOWN_CHARACTERS = 200
 _LOGGER = logging.getLogger(__name__)
@@ -51,40 +58,16 @@ _LOGGER = logging.getLogger(__name__)
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text}
     for status, text in {
-        400: "The body is no JSON",
+        400: "The body is no JSON, or a search has no text",
         401: "No key, or an unknown one",
+        403: "The key has not the scope",
         413: "The body is too large",
         422: "A field does not fit; `errors` names each",
+        429: "Too many requests; come again after `Retry-After`",
+        504: "The time that the request allowed is over",
         503: "The model or the event store does not answer; try again",
     }.items()
 }
-
-
-class Versioned(Protocol):
-    """What every recommender shows besides its answers."""
-
-    version: str
-    catalogue: Catalogue
-
-
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    """What the routes call. Model batches go through `recommend`, events through one thread of their own."""
-
-    model: Versioned
-    recommend: Callable[[Sequence[Request]], Awaitable[Sequence[Recommendation]]]
-    events: EventStore
-    max_batch: int = 64
-    batches_in_flight: int = 1
-    event_thread: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="events"))
-
-    def append(self, batches: Sequence[Sequence[StoredEvent]]) -> Awaitable[Sequence[None]]:
-        """Keeps the events of several requests in one commit."""
-        return asyncio.get_running_loop().run_in_executor(self.event_thread, self._append, batches)
-
-    def _append(self, batches: Sequence[Sequence[StoredEvent]]) -> Sequence[None]:
-        self.events.append([event for batch in batches for event in batch])
-        return [None] * len(batches)
 
 
 def in_thread(
@@ -98,7 +81,7 @@ def in_thread(
     return run
 
 
-def create_app(service: Service, keys: KeyRing | None) -> FastAPI:
+def create_app(service: Service, keys: KeyRing | None, protection: Protection | None = None) -> FastAPI:
     """The API. Without keys every caller may do everything: the address must then be a loopback one."""
     app = FastAPI(
         title="elasticrec",
@@ -107,11 +90,14 @@ def create_app(service: Service, keys: KeyRing | None) -> FastAPI:
         responses=_PROBLEMS,
         redoc_url=None,
     )
-    app.include_router(_recommendations(service))
-    app.include_router(_items(service))
+    app.include_router(_product(service))
+    app.include_router(_events(service))
+    app.include_router(users(lambda: service.model.catalogue, service.events, service.event_thread))
+    app.include_router(admin(service.state))
     app.include_router(_health(service))
     _add_problems(app)
-    app.add_middleware(Guard, keys=keys)
+    app.openapi = documented(app)  # type: ignore[method-assign]
+    app.add_middleware(Guard, keys=keys, protection=protection)
     return app
 
 
@@ -120,28 +106,25 @@ def _protected() -> APIRouter:
     return APIRouter(prefix="/v1", dependencies=[Security(HTTPBearer(auto_error=False, description="an API key"))])
 
 
-def _recommendations(service: Service) -> APIRouter:
+def _product(service: Service) -> APIRouter:
     router = _protected()
-    questions = Batcher(service.recommend, max_batch=service.max_batch, in_flight=service.batches_in_flight)
-    writes = Batcher(service.append, max_batch=MAX_EVENT_BATCH)
+    questions = Batcher(
+        service.recommend,
+        max_batch=service.max_batch,
+        in_flight=service.batches_in_flight,
+        max_waiting=service.max_waiting,
+    )
+    answers = Answers(questions.submit, service.model.popular, service.circuit, service.meter)
+    service.meter.waiting = lambda: questions.waiting
+    add_recommendations(router, service, answers.submit)
+    add_search(router, service, answers.submit)
+    add_items(router, service, answers.submit)
+    return router
 
-    @router.post("/recommend", response_model=RecommendResponse, summary="Items that a user may want next")
-    async def recommend(body: RecommendRequest) -> Response:
-        started_s = time.perf_counter()
-        answer = await questions.submit(
-            Request(k=body.k, user_id=body.user_id, history=tuple(body.history or ()), exclude=tuple(body.exclude))
-        )
-        response = RecommendResponse.model_construct(
-            items=[
-                RecommendedItem.model_construct(item_id=item.item_id, title=item.title, score=item.score)
-                for item in answer.items
-            ],
-            source=answer.source,
-            model_version=service.model.version,
-            history_length=answer.history_length,
-            timings_ms=_timings(started_s, answer.timings_ms),
-        )
-        return _json(response)
+
+def _events(service: Service) -> APIRouter:
+    router = _protected()
+    writes = Batcher(service.append, max_batch=MAX_EVENT_BATCH, max_waiting=service.max_waiting)
 
     @router.post("/events", response_model=EventsResponse, summary="Keep what users did")
     async def events(body: EventsRequest) -> Response:
@@ -152,34 +135,7 @@ def _recommendations(service: Service) -> APIRouter:
             accepted=len(body.events),
             unknown_items=unknown,
             model_version=service.model.version,
-            timings_ms=_timings(started_s, {}),
-        )
-        return _json(response)
-
-    return router
-
-
-def _items(service: Service) -> APIRouter:
-    router = _protected()
-
-    @router.get(
-        "/items/{item_id:path}",
-        response_model=ItemResponse,
-        responses={404: {"model": Problem, "description": "No such item"}},
-        summary="What the catalogue knows of an item",
-    )
-    async def item(item_id: str) -> Response:
-        started_s = time.perf_counter()
-        found = service.model.catalogue.find(item_id)
-        if found is None:
-            raise ItemNotFoundError("the catalogue of this model has no item with this id")
-        response = ItemResponse(
-            item_id=found.item_id,
-            title=found.title,
-            categories=list(found.categories),
-            interactions=found.count,
-            model_version=service.model.version,
-            timings_ms=_timings(started_s, {}),
+            timings_ms=timings(started_s, {}),
         )
         return _json(response)
 
@@ -201,7 +157,10 @@ def _health(service: Service) -> APIRouter:
                 await service.recommend([Request(k=1, user_id="", history=(popular,))])
         except TimeoutError:
             raise UnavailableError(f"the model did not answer within {READY_TIMEOUT_S:g} s") from None
-        return HealthResponse(status="ready", model_version=service.model.version)
+        refused = [
+            "/".join(uri.rstrip("/").split("/")[-2:]) for uri in service.refused()
+        ]  # places are nobody's business
+        return HealthResponse(status="ready", model_version=service.model.version, refused=refused)
 
     return router
 
@@ -218,8 +177,15 @@ def _add_problems(app: FastAPI) -> None:
         _LOGGER.error("%s", error)
         return respond(UnavailableError("the event store does not answer"))
 
+    @app.exception_handler(ItemStoreError)
+    async def item_store_error(_: HttpRequest, error: ItemStoreError) -> Response:
+        _LOGGER.error("%s", error)
+        return respond(UnavailableError("the item store does not answer"))
+
     @app.exception_handler(RequestValidationError)
     async def invalid(_: HttpRequest, error: RequestValidationError) -> Response:
+        if any(entry["loc"] == ("query", "q") and entry["type"] in _NO_TEXT for entry in error.errors()):
+            return respond(MissingQueryError("give q, the text to search for; /v1/recommend needs none"))
         return ProblemResponse(_invalid(error))
 
     @app.exception_handler(HTTPException)
@@ -257,16 +223,10 @@ def _stored(body: EventsRequest) -> list[StoredEvent]:
             item_id=event.item_id,
             timestamp=now_s if event.timestamp is None else event.timestamp,
             event_type=event.event_type,
+            event_id=event.event_id,
         )
         for event in body.events
     ]
-
-
-def _timings(started_s: float, stages_ms: dict[str, float]) -> dict[str, float]:
-    """Stages, `total`, and `queue`: what is in no stage, which is waiting for the batch before and the hops."""
-    total_ms = 1e3 * (time.perf_counter() - started_s)
-    queue = {"queue": max(0.0, total_ms - sum(stages_ms.values()))} if stages_ms else {}
-    return {name: round(value, 3) for name, value in (stages_ms | queue | {"total": total_ms}).items()}
 
 
 def _json(body: BaseModel) -> Response:

@@ -1,18 +1,48 @@
-"""Raw HTTP requests in; only those that bring a key (where keys are configured) and a small body reach the app."""
+"""Raw HTTP requests in; only those that may, in time and not too many at once, reach the app; every answer is marked.
 
+In this order: request id, key and scope (401, 403), rate of the key (429), room (429), deadline, size of body (413).
+"""
+
+import asyncio
 import json
-from typing import Any
+import re
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from starlette._utils import get_route_path  # what the router matches: both must see the same path
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from elasticrec.serving.api import MAX_BODY_BYTES, ApiError, BodyTooLargeError, UnauthorizedError
-from elasticrec.serving.auth import KeyRing, key_in
+from elasticrec.serving.api import (
+    MAX_BODY_BYTES,
+    ApiError,
+    BodyTooLargeError,
+    DeadlineError,
+    ForbiddenError,
+    OverloadedError,
+    UnauthorizedError,
+)
+from elasticrec.serving.audit import Audit
+from elasticrec.serving.auth import KeyRing, key_in, scope_of
+from elasticrec.serving.deadline import DEADLINE_S, MAX_TIMEOUT_MS, deadline_in
+from elasticrec.serving.rate import Rate
 
 # Everything else needs a key, so that a new route, or a prefix nobody thought of, is closed and not open.
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
+BULK_PATHS = frozenset({"/v1/recommend:batch"})  # thousands of answers take longer than one
+NOBODY: Final = "nobody"  # who calls where no keys are configured
 _MAX_DRAINED_BYTES = 64 * MAX_BODY_BYTES
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_GRACE_S: Final = 0.25  # beyond the deadline, in which an answer without the model is still made
+_SECURITY: Final = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+)
+_NEVER_STORED: Final = (b"cache-control", b"no-store")
+_NO_SCRIPTS: Final = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")  # /docs has its own
 
 
 class ProblemResponse(Response):
@@ -29,36 +59,113 @@ def respond(error: ApiError) -> ProblemResponse:
     return ProblemResponse(error.problem(), dict(error.headers))
 
 
-class Guard:
-    """ASGI middleware: 401 before the body is read, 413 before it is parsed."""
+@dataclass(frozen=True, kw_only=True)
+class Protection:
+    """What a service allows its callers."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing | None) -> None:
+    max_in_flight: int = 512
+    timeout_ms: float = 2_000.0  # for callers that name none
+    rate: Rate | None = None
+    audit: Audit = field(default_factory=lambda: Audit(None))
+
+
+class Guard:
+    """ASGI middleware: what is refused is refused before the body is parsed, most of it before it is read."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing | None, protection: Protection | None = None) -> None:
         self._app = app
         self._keys = keys
+        self._protection = protection or Protection()
+        self.in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers, path = dict(scope["headers"]), get_route_path(scope)
+        marked = _Marked(send, _request_id(headers), path)
+        who = NOBODY
         try:
-            headers = dict(scope["headers"])
-            self._check_key(get_route_path(scope), headers)
-            body = await _read_body(receive)
+            if path in OPEN_PATHS:
+                await self._pass_on(scope, receive, marked)
+                return
+            who = self._check_key(scope["method"], path, headers)
+            if self._protection.rate is not None:
+                await self._protection.rate.require(who)
+            await self._in_time(scope, receive, marked, headers, path)
         except ApiError as error:
-            await respond(error)(scope, receive, send)
-            return
-        if body is not None:
-            await self._app(scope, _replay(body, receive), send)
+            await respond(error)(scope, receive, marked)
+        finally:
+            if path not in OPEN_PATHS and scope_of(scope["method"], path) == "admin":
+                self._protection.audit.write(who, scope["method"], path, marked.status, marked.request_id)
 
-    def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
+    async def _in_time(
+        self, scope: Scope, receive: Receive, marked: "_Marked", headers: dict[bytes, bytes], path: str
+    ) -> None:
+        now_s = time.monotonic()
+        default_ms = MAX_TIMEOUT_MS if path in BULK_PATHS else self._protection.timeout_ms
+        deadline_s = deadline_in(headers, default_ms, now_s)
+        if self.in_flight >= self._protection.max_in_flight:
+            raise OverloadedError("this replica works on as many requests as it may; come again")
+        self.in_flight += 1
+        token = DEADLINE_S.set(deadline_s)
+        try:
+            async with asyncio.timeout(deadline_s - now_s + _GRACE_S):
+                await self._pass_on(scope, receive, marked)
+        except TimeoutError:
+            if not marked.status:
+                raise DeadlineError("the time that the request allowed is over; it may still have its effect") from None
+        finally:
+            DEADLINE_S.reset(token)
+            self.in_flight -= 1
+
+    async def _pass_on(self, scope: Scope, receive: Receive, marked: "_Marked") -> None:
+        body = await _read_body(receive)
+        if body is not None:
+            await self._app(scope, _replay(body, receive), marked)
+
+    def _check_key(self, method: str, path: str, headers: dict[bytes, bytes]) -> str:
         """`path`: without the prefix (root_path) under which the app is mounted."""
-        if self._keys is None or path in OPEN_PATHS:
-            return
+        if self._keys is None:
+            return NOBODY
         key = key_in(headers)
         if key is None:
             raise UnauthorizedError("no API key; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
-        if self._keys.name_of(key) is None:
+        found = self._keys.find(key)
+        if found is None:
             raise UnauthorizedError("this API key is not known here; it may have been revoked")
+        needed = scope_of(method, path)
+        if needed not in found.scopes:
+            raise ForbiddenError(f"this API key has not the scope '{needed}'; ask for one that has")
+        return found.name
+
+
+class _Marked:
+    """A `send` that gives every answer its request id and what keeps browsers and caches from doing harm."""
+
+    def __init__(self, send: Send, request_id: str, path: str) -> None:
+        self._send = send
+        self.request_id = request_id
+        self._path = path
+        self.status = 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            given = list(message.get("headers", ()))
+            names = {name.lower() for name, _ in given}
+            given += [(b"x-request-id", self.request_id.encode()), *_SECURITY]
+            if b"cache-control" not in names:
+                given.append(_NEVER_STORED)
+            if not self._path.startswith("/docs"):
+                given.append(_NO_SCRIPTS)
+            message = {**message, "headers": given}
+        await self._send(message)
+
+
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    given = headers.get(b"x-request-id", b"")
+    return given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
 
 
 async def _read_body(receive: Receive) -> bytes | None:

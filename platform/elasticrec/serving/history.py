@@ -1,42 +1,69 @@
-"""Requests in; what each is answered from (items, and items that must not come back), and the batch's question, out.
+"""Requests in; what each is answered from (items, and items that must not come back), and the batch's questions, out.
 
-# B requests with a known history, S events of one, N blocked pairs
+# B requests with a known history, S events of one, N blocked pairs, M bonuses
 """
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 
-from elasticrec.data.sequences import Int32
+from elasticrec.data.inputs import Bool
+from elasticrec.data.sequences import Float32, Int32, Int64
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import AnyEncoder
-from elasticrec.serving.catalogue import Catalogue
-from elasticrec.serving.events import EventStore, StoredEvent
+from elasticrec.serving.assortment import View
+from elasticrec.serving.diversity import POOL
+from elasticrec.serving.events import StoredEvent
+from elasticrec.serving.filters import Filters
 from elasticrec.serving.past import UserEvents, right_align
-from elasticrec.serving.scorer import Question
+from elasticrec.serving.question import Question, UInt8
+from elasticrec.serving.setup import GatewaySetup
 
-_EVENTS_PER_POSITION = 4  # stored events read for each position: so many may be of items that this model does not know
+_EVENTS_PER_POSITION: Final = 4  # stored events read for each position: so many may be of items not known to the model
+_NO_ITEMS: Final = np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One user's question after the API checked it."""
+    """One question after the API checked it: for a user, for a history, or (`like`) for an item's neighbours."""
 
     k: int
     user_id: str | None = None
     history: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    offset: int = 0
+    filters: Filters | None = None
+    item_boosts: tuple[tuple[str, float], ...] = ()
+    category_boosts: tuple[tuple[str, float], ...] = ()
+    diversity: float = 0.0
+    remove_seen: bool | None = None  # none: as the service does
+    like: str | None = None
+    only: tuple[str, ...] | None = None  # nothing but these is returned
+
+    @property
+    def wanted(self) -> int:
+        """Items that its answer is cut from; one more than is shown says whether there are more."""
+        return max(self.offset + self.k + 1, POOL if self.diversity else 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Background:
-    """A request and what is known for it: its newest events, oldest first, and the items it must not get back."""
+    """A request and what is known for it: its newest events, oldest first, and the items it must not get back.
+
+    `bonus_M` is added to the scores of the items `bonus_item_M`, which are all different. `mask_I`: the items that may
+    be returned, where not all may.
+    """
 
     request: Request
     events: UserEvents
     blocked: Int32
+    bonus_item_M: Int64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    bonus_M: Float32 = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    mask_I: Bool | None = None
 
     @property
     def items(self) -> Int32:
@@ -45,61 +72,166 @@ class Background:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A batch, and the question for those of it that have a known history (in their order); none when nobody has."""
+    """A batch; the question for those of it that have a known history, and the one for those that look for an item's
+    like (each in their order); none where nobody does."""
 
     backgrounds: tuple[Background, ...]
     question: Question | None
+    likes: Question | None
+    view: View
     history_ms: float
 
 
 class Histories:
     """The first stage: reads the event store and turns ids into indices. Unknown items are passed over."""
 
-    def __init__(self, catalogue: Catalogue, events: EventStore, encoder: AnyEncoder) -> None:
-        """`encoder`: how many events the network takes, and what it reads of each."""
-        self._catalogue = catalogue
-        self._events = events
-        self._encoder = encoder
-        self._type_of = {name: place for place, name in enumerate(_event_types(encoder))}
+    def __init__(self, setup: GatewaySetup) -> None:
+        self._assortment = setup.assortment
+        self._events = setup.events
+        self._encoder = setup.encoder
+        self._remove_seen = setup.remove_seen
+        self._type_of = {name: place for place, name in enumerate(_event_types(setup.encoder))}
 
     def prepare(self, requests: Sequence[Request]) -> Prepared:
-        """Raises EventStoreError when histories cannot be read."""
+        """Raises EventStoreError or ItemStoreError when histories or items cannot be read."""
         started_s = time.perf_counter()
-        backgrounds = tuple(self._background(request) for request in requests)
-        known = [background for background in backgrounds if len(background.items)]
-        question = self._question(known) if known else None
-        return Prepared(backgrounds=backgrounds, question=question, history_ms=1e3 * (time.perf_counter() - started_s))
+        view = self._assortment.view()
+        backgrounds = tuple(self._background(request, view) for request in requests)
+        known = [background for background in backgrounds if len(background.items) and background.request.like is None]
+        likes = [background for background in backgrounds if background.request.like is not None]
+        return Prepared(
+            backgrounds=backgrounds,
+            question=self._question(known, view) if known else None,
+            likes=_likes(likes, view) if likes else None,
+            view=view,
+            history_ms=1e3 * (time.perf_counter() - started_s),
+        )
 
-    def _background(self, request: Request) -> Background:
-        seen: set[str] = set() if request.user_id is None else self._events.seen(request.user_id)
-        blocked = self._catalogue.indices(seen.union(request.history, request.exclude))
-        newest = self._newest(request).pick(slice(-self._encoder.max_length, None))
-        return Background(request=request, events=newest, blocked=blocked)
+    def _background(self, request: Request, view: View) -> Background:
+        if request.like is not None:
+            events, blocked = UserEvents(item_S=_NO_ITEMS), view.indices([request.like, *request.exclude])
+        else:
+            events, blocked = self._read(request, view)
+        if not (request.item_boosts or request.category_boosts or request.filters or request.only is not None):
+            return Background(request=request, events=events, blocked=blocked)
+        bonus_item_M, bonus_M = _bonuses(request, view)
+        return Background(
+            request=request,
+            events=events,
+            blocked=blocked,
+            bonus_item_M=bonus_item_M,
+            bonus_M=bonus_M,
+            mask_I=_mask(request, view),
+        )
 
-    def _newest(self, request: Request) -> UserEvents:
-        """Stored events, then those that came with the request, which happen now."""
+    def _read(self, request: Request, view: View) -> tuple[UserEvents, Int32]:
+        """Stored events, then those that came with the request, which happen now; and what must not come back."""
         limit = _EVENTS_PER_POSITION * self._encoder.max_length
         inputs = self._encoder.inputs
+        remove_seen = self._remove_seen if request.remove_seen is None else request.remove_seen
         if not inputs.times and not inputs.events:
             stored = [] if request.user_id is None else self._events.history(request.user_id, limit)
-            return UserEvents(item_S=self._catalogue.indices([*stored, *request.history]))
-        events = [] if request.user_id is None else self._events.newest(request.user_id, limit)
+            items = UserEvents(item_S=view.catalogue.indices([*stored, *request.history]))
+        else:
+            events = [] if request.user_id is None else self._events.newest(request.user_id, limit)
+            stored = [event.item_id for event in events]
+            items = self._with_times(request, events, view)
+        newest = items.pick(slice(-self._encoder.max_length, None))
+        if not remove_seen:
+            return newest, view.indices(request.exclude)
+        if request.user_id is not None and len(stored) >= limit:  # there may be more
+            seen = self._events.seen(request.user_id)
+            return newest, view.indices(seen.union(request.history, request.exclude))
+        if view.added:
+            return newest, view.indices([*stored, *request.history, *request.exclude])
+        return newest, np.concatenate([items.item_S, view.catalogue.indices(request.exclude)])
+
+    def _with_times(self, request: Request, events: Sequence[StoredEvent], view: View) -> UserEvents:
         now_s = int(time.time())
-        events += [StoredEvent(user_id="", item_id=item, timestamp=now_s) for item in request.history]
-        known = [event for event in events if event.item_id in self._catalogue]
+        given = [StoredEvent(user_id="", item_id=item, timestamp=now_s) for item in request.history]
+        known = [event for event in [*events, *given] if event.item_id in view.catalogue]
         return UserEvents(
-            item_S=self._catalogue.indices(event.item_id for event in known),
+            item_S=view.catalogue.indices(event.item_id for event in known),
             time_S=np.array([event.timestamp for event in known], dtype=np.int64),
             type_S=np.array([self._type_of.get(event.event_type or "", -1) for event in known], dtype=np.int16),
         )
 
-    def _question(self, known: Sequence[Background]) -> Question:
-        return Question(
-            past=right_align([background.events for background in known], self._encoder.inputs, int(time.time())),
-            blocked_row_N=np.repeat(np.arange(len(known)), [len(background.blocked) for background in known]),
-            blocked_item_N=np.concatenate([background.blocked for background in known]).astype(np.int64),
-            k=max(background.request.k for background in known),
-        )
+    def _question(self, known: Sequence[Background], view: View) -> Question:
+        past = right_align([background.events for background in known], self._encoder.inputs, int(time.time()))
+        return Question(past=past, **_selection(known, view))
+
+
+def _likes(likes: Sequence[Background], view: View) -> Question:
+    index_B = np.array([view.index(background.request.like or "") or 0 for background in likes], dtype=np.int64)
+    added_B = index_B > len(view.catalogue)
+    like_BD = None
+    if view.row_AD is not None and added_B.any():
+        like_BD = np.zeros((len(likes), view.row_AD.shape[1]), dtype=np.float32)
+        like_BD[added_B] = view.row_AD[index_B[added_B] - len(view.catalogue) - 1]
+    return Question(past=None, like_B=np.where(added_B, 0, index_B), like_BD=like_BD, **_selection(likes, view))
+
+
+def _selection(rows: Sequence[Background], view: View) -> dict[str, Any]:
+    """The fields of a question that say which items may be candidates; of items that the network has, those only."""
+    last = len(view.catalogue)
+    blocked = [row.blocked if not view.added else row.blocked[row.blocked <= last] for row in rows]
+    found: dict[str, Any] = {
+        "blocked_row_N": np.repeat(np.arange(len(rows)), [len(items) for items in blocked]),
+        "blocked_item_N": np.concatenate(blocked).astype(np.int64),
+        "k": max(row.request.wanted for row in rows),
+        "hidden_H": view.hidden_H,
+        "vectors": any(row.request.diversity for row in rows),
+    }
+    if any(row.mask_I is not None for row in rows):
+        found |= _filters(rows, last)
+    if any(len(row.bonus_M) for row in rows):
+        keep = [row.bonus_item_M <= last for row in rows]
+        found |= {
+            "bonus_row_M": np.repeat(np.arange(len(rows)), [int(kept.sum()) for kept in keep]),
+            "bonus_item_M": np.concatenate([row.bonus_item_M[kept] for row, kept in zip(rows, keep, strict=True)]),
+            "bonus_M": np.concatenate([row.bonus_M[kept] for row, kept in zip(rows, keep, strict=True)]),
+        }
+    return found
+
+
+def _filters(rows: Sequence[Background], last: int) -> dict[str, Any]:
+    """Each mask once, however many rows share it."""
+    place_of: dict[int, int] = {}
+    bits: list[UInt8] = []
+    row_F, filter_F = [], []
+    for number, row in enumerate(rows):
+        if row.mask_I is None:
+            continue
+        if id(row.mask_I) not in place_of:
+            place_of[id(row.mask_I)] = len(bits)
+            bits.append(np.packbits(row.mask_I[: last + 1]))
+        row_F.append(number)
+        filter_F.append(place_of[id(row.mask_I)])
+    return {
+        "filtered_row_F": np.array(row_F, dtype=np.int64),
+        "filter_F": np.array(filter_F, dtype=np.int64),
+        "filter_PI": np.stack(bits),
+    }
+
+
+def _mask(request: Request, view: View) -> Bool | None:
+    if request.only is not None:
+        mask_I = np.zeros(len(view) + 1, dtype=np.bool_)
+        mask_I[view.indices(request.only)] = True
+        return mask_I & view.mask(request.filters or Filters())
+    return None if request.filters is None or request.filters.allows_all else view.mask(request.filters)
+
+
+def _bonuses(request: Request, view: View) -> tuple[Int64, Float32]:
+    """Log factors of all items that are boosted, added up where several meet."""
+    pieces = [(view.members(name), factor) for name, factor in request.category_boosts]
+    pieces += [(view.indices([item_id]).astype(np.int64), factor) for item_id, factor in request.item_boosts]
+    if not pieces:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+    item_N = np.concatenate([items for items, _ in pieces])
+    bonus_N = np.repeat([math.log(factor) for _, factor in pieces], [len(items) for items, _ in pieces])
+    item_M, place_N = np.unique(item_N, return_inverse=True)
+    return item_M, np.bincount(place_N, weights=bonus_N, minlength=len(item_M)).astype(np.float32)
 
 
 def _event_types(encoder: AnyEncoder) -> Sequence[str]:

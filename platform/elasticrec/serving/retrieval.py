@@ -1,31 +1,109 @@
 """Query vectors in, the best items of the whole catalogue out, exactly.
 
-# B queries, D width, I items + 1 (index 0 is padding), K candidates, N blocked pairs of query and item
+# B queries, D width, I items + 1 (index 0 is padding), K candidates
 """
 
+from typing import Final
+
+import numpy as np
+import torch
 from torch import Tensor
 
 from elasticrec.columns import PAD
+from elasticrec.data.inputs import Bool
+from elasticrec.data.sequences import Float32, Int64
 from elasticrec.model.head import Product
+from elasticrec.serving.question import Question
+from elasticrec.serving.setup import ModelSetup
+
+MAX_SCORES: Final = 1 << 24  # float32 held at a time: 64 MiB, or one row of a larger catalogue
+_BLOCK: Final = 64  # scores whose maximum is looked at first
+_NEVER: Final = float("-inf")
 
 
 class ExactRetriever:
     """Top-k over the scores of every item, as the table's own precision multiplies: no float copy of it is held.
 
-    Blocked items are left out before the choice, not after: however many they are, k others come back.
+    What may not be a candidate is left out before the choice, not after: however much it is, k others come back. Of a
+    large catalogue some queries are answered after the others, so that memory does not grow with the batch.
     """
 
-    def __init__(self, product: Product) -> None:
-        """`product`: queries to scores of all items, as `network.head.product(table)` gives it."""
-        self._product = product
+    def __init__(self, setup: ModelSetup) -> None:
+        items = setup.network.encoder.items
+        self._product: Product = setup.network.head.product(items)
+        self._cosine: Product = items.cosine
+        self._items = setup.network.n_items + 1
+        self._prior = setup.prior
+        self._overfetch = 2 if items.rounds_queries else 1  # the ranker knows the scores better
 
-    def top(self, query_BD: Tensor, k: int, blocked_row_N: Tensor, blocked_item_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Items and scores, best first: int64 (B, K) and float32 (B, K).
+    def retrieve(self, query_BD: Tensor, question: Question) -> tuple[Tensor, Tensor]:
+        """Items and scores, best first: int64 (B, K) and float32 (B, K), K at least `question.k` or the catalogue.
 
-        K is at most k and at most I - 1. Where a query has fewer items that are not blocked, -inf scores end its row.
+        Where a query has fewer items that it may get, -inf scores end its row.
         """
-        score_BI = self._product(query_BD)
-        score_BI[:, PAD] = float("-inf")
-        score_BI[blocked_row_N, blocked_item_N] = float("-inf")
-        score_BK, item_BK = score_BI.topk(min(k, score_BI.shape[1] - 1))
+        like = question.like_B is not None
+        wanted = question.k if like else question.k * self._overfetch
+        prior_I = None if like or self._prior is None else self._prior.of_all()
+        step = max(1, MAX_SCORES // self._items)
+        parts = [
+            self._some(query_BD[begin : begin + step], begin, question, wanted, prior_I)
+            for begin in range(0, len(query_BD), step)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([item_bK for item_bK, _ in parts]), torch.cat([score_bK for _, score_bK in parts])
+
+    def _some(
+        self, query_bD: Tensor, begin: int, question: Question, k: int, prior_I: Float32 | None
+    ) -> tuple[Tensor, Tensor]:
+        product = self._product if question.like_B is None else self._cosine
+        score_bI = product(query_bD)
+        if prior_I is not None:
+            score_bI += torch.from_numpy(prior_I)
+        adjust(score_bI, begin, question)
+        return best(score_bI, min(k, score_bI.shape[1] - 1))
+
+
+def adjust(score_bI: Tensor, begin: int, question: Question) -> None:
+    """Adds bonuses and takes out what the rows from `begin` on may not get, in place."""
+    end = begin + len(score_bI)
+    row, item, keep = _of_rows(question.bonus_row_M, question.bonus_item_M, begin, end)
+    if len(row):
+        score_bI.index_put_((row, item), torch.from_numpy(question.bonus_M[keep]), accumulate=True)
+    for row_f, place in zip(question.filtered_row_F.tolist(), question.filter_F.tolist(), strict=True):
+        if begin <= row_f < end:
+            assert question.filter_PI is not None
+            allowed_I = np.unpackbits(question.filter_PI[place], count=score_bI.shape[1]).view(np.bool_)
+            score_bI[row_f - begin].masked_fill_(torch.from_numpy(~allowed_I), _NEVER)
+    row, item, _ = _of_rows(question.blocked_row_N, question.blocked_item_N, begin, end)
+    score_bI[row, item] = _NEVER
+    score_bI[:, PAD] = _NEVER
+    if len(question.hidden_H):
+        score_bI[:, torch.from_numpy(question.hidden_H)] = _NEVER
+
+
+def best(score_BI: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best columns of each row and their scores, best first.
+
+    Of many columns the maxima of blocks are ranked first: an item that is in none of the k blocks with the highest
+    maxima is behind k others, so the k best are in those blocks. At 1M items that takes 0.2 ms in place of 2.2.
+    """
+    rows, columns = score_BI.shape
+    blocks = columns // _BLOCK
+    if blocks <= 4 * k:
+        score_BK, item_BK = score_BI.topk(k)
         return item_BK, score_BK
+    whole_BNb = score_BI[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
+    block_BK = whole_BNb.amax(dim=2).topk(k, sorted=False).indices
+    inside_BKb = whole_BNb.gather(1, block_BK[:, :, None].expand(-1, -1, _BLOCK))
+    index_BKb = block_BK[:, :, None] * _BLOCK + torch.arange(_BLOCK)
+    rest = torch.arange(blocks * _BLOCK, columns)
+    score_BC = torch.cat([inside_BKb.flatten(1), score_BI[:, blocks * _BLOCK :]], dim=1)
+    index_BC = torch.cat([index_BKb.flatten(1), rest.expand(rows, -1)], dim=1)
+    score_BK, place_BK = score_BC.topk(k)
+    return index_BC.gather(1, place_BK), score_BK
+
+
+def _of_rows(row_N: Int64, item_N: Int64, begin: int, end: int) -> tuple[Tensor, Tensor, Bool]:
+    keep_N = (row_N >= begin) & (row_N < end)
+    return torch.from_numpy(row_N[keep_N] - begin), torch.from_numpy(item_N[keep_N]), keep_N

@@ -42,5 +42,6 @@ def write_outcome(trained: Trained, command: str, advance: Callable[[int], None]
             "steps": trained.position.step,
             "seed": run.plan.seed,
             "split": to_mapping(run.split),
+            "remove_seen": run.evaluation.remove_seen,  # what serving does then
         },
     )

@@ -1,0 +1,162 @@
+"""What serving benchmarks share: a registry of two versions, a seeded store, keys, and loads against a port.
+
+The network has the size of the issue (d = 64, 2 blocks, L = 50, ML-100K's items) and random weights: what is measured
+is time, which does not depend on them.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from benchmarks.loadgen import Plan
+from elasticrec.artifact.bundle import write_bundle
+from elasticrec.artifact.registry import Registry
+from elasticrec.cli.local_cluster import LocalCluster, free_port
+from elasticrec.data.prepare import prepare_dataset
+from elasticrec.data.sequences import open_store
+from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.network import Network, NetworkConfig
+from elasticrec.serving.auth import create_key
+
+NAME = "films"
+USERS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Files of a benchmark."""
+
+    folder: Path
+    bodies: list[str]
+    key: str
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def registry(self) -> Registry:
+        return Registry(self.folder / "registry")
+
+    @property
+    def reference(self) -> str:
+        return f"{self.registry.root.uri}#{NAME}@production"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.key}"}
+
+    def arguments(self, **others: Any) -> dict[str, Any]:
+        """Of the application: keys, events, seeded histories."""
+        return {
+            "bundle": self.reference,
+            "events": str(self.folder / "events.sqlite"),
+            "seed": str(self.data),
+            "keys": str(self.folder / "keys.json"),
+        } | others
+
+
+def make_scene(folder: Path, versions: int = 2) -> Scene:
+    """Publishes versions 1 to `versions`; production is 1."""
+    prepare_dataset("ml-100k", folder / "data")
+    store = open_store(folder / "data")
+    registry = Registry(folder / "registry")
+    for seed in range(versions):
+        torch.manual_seed(seed)
+        encoder = EncoderConfig(width=64, blocks=2, max_length=50)
+        network = Network(NetworkConfig(encoder=encoder), store.n_items)
+        bundle = write_bundle(folder / f"bundle-{seed + 1}", network, store.items(), name=NAME, version="0")
+        registry.publish(bundle, NAME)
+    registry.set_label(NAME, "production", "1")
+    users = [str(user) for user in store.users().column("user_id").to_pylist()][:USERS]
+    key = create_key(folder / "keys.json", "load", ("read", "events"))
+    return Scene(folder=folder, bodies=[json.dumps({"user_id": user, "k": 10}) for user in users], key=key)
+
+
+@contextmanager
+def loading(plan: Plan) -> Iterator[subprocess.Popen[str]]:
+    """The generator in its own process, while the block runs; `outcome` waits for it."""
+    command = [sys.executable, "-m", "benchmarks.loadgen"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(asdict(plan)))
+    process.stdin.close()
+    try:
+        yield process
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        if process.stdout is not None and process.poll() is not None:
+            process.wait()
+
+
+def outcome(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    """What the generator tells at its end."""
+    assert process.stdout is not None
+    found: dict[str, Any] = json.loads(process.stdout.read())
+    process.wait(timeout=60)
+    return found
+
+
+def load(plan: Plan) -> dict[str, Any]:
+    with loading(plan) as process:
+        return outcome(process)
+
+
+@contextmanager
+def child(
+    command: list[str], env: dict[str, str], log: Path, url: str | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server until the block ends; ended with its group, by id."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=os.environ | env, stdout=output, stderr=output, start_new_session=True)
+    try:
+        if url is not None:
+            wait_ready(url, process, log)
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 120) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        if process.poll() is not None:
+            break
+        try:
+            if httpx.get(url, timeout=5, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.2)
+    raise RuntimeError(f"nothing answers on {url}; the log ends: {log.read_text()[-2_000:]}")
+
+
+def ceiling_per_s(connections: int, seconds: float) -> float:
+    """What the generator does against a server that only echoes, on the same cores."""
+    port = free_port()
+    with child([sys.executable, "-m", "benchmarks.loadgen", "echo", str(port)], {}, Path("/dev/null")):
+        return float(load(Plan(port=port, connections=connections, seconds=seconds, warm_s=0.5))["per_s"])
+
+
+def registry_command(cluster: LocalCluster, scene: Scene, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "elasticrec.cli", "registry", words[0], "--name", NAME]
+    command += ["--root", scene.registry.root.uri, *words[1:]]
+    return subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=300, check=False)

@@ -1,0 +1,177 @@
+"""A wanted change of versions in; the running application moved to it, or left as it was with the reason, out.
+
+Which versions replicas hold is their `user_config`: a deployment of the same configuration with another one restarts
+nothing (`serve.run()` would). What replicas made of it they tell themselves, each one of them.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from elasticrec.artifact.registry import parse_reference
+from elasticrec.cli.connection import driver
+from elasticrec.cli.service import NAME
+from elasticrec.errors import ElasticRecError
+from elasticrec.serving.rollout import Rollout, settled, staged
+
+_POLL_S: Final = 0.2
+Change = Callable[[Rollout], Rollout]
+
+
+class RolloutError(ElasticRecError, RuntimeError):
+    """A version was refused, or the application did not take it; what was live stays."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Application:
+    """A running application of this package, through Serve's REST API and its replicas."""
+
+    name: str
+    client: Any  # ray.dashboard.modules.serve.sdk.ServeSubmissionClient
+    timeout_s: float = 300.0
+
+    @property
+    def reference(self) -> str:
+        """The bundle that it was deployed with."""
+        return str(self._deployed()["args"]["bundle"])
+
+    def current(self) -> Rollout:
+        """What it was last told to serve."""
+        states = self._states()
+        if states:
+            return Rollout.of(states[0]["live"])
+        deployments = self._deployed().get("deployments") or []
+        told = [entry["user_config"] for entry in deployments if entry.get("user_config")]
+        if not told:
+            raise RolloutError(f"application '{self.name}' has no replica that could say what it serves; start one")
+        return Rollout.of(told[0])
+
+    def move(self, wanted: Rollout, between: Callable[[], None]) -> None:
+        """Everywhere loaded and checked, then `between`, then everywhere live.
+
+        Raises:
+            RolloutError: a replica refuses a bundle; the application holds what it held before.
+        """
+        live = self.current()
+        try:
+            self._tell(replace(staged(live, wanted)))
+        except RolloutError:
+            self._deploy(live)
+            raise
+        between()
+        self._tell(replace(wanted, held=staged(wanted, live).held))  # answers under way may still ask for what was
+        self._tell(settled(live, wanted))
+
+    def _tell(self, rollout: Rollout) -> None:
+        self._deploy(rollout)
+        deadline_s = time.monotonic() + self.timeout_s
+        while time.monotonic() < deadline_s:
+            states = self._states()
+            refused = {uri: reason for state in states for uri, reason in state["refused"].items()}
+            asked = [state["asked"] == rollout.plain() for state in states]
+            if refused and any(asked):
+                raise RolloutError("; ".join(refused.values()))
+            if all(asked) and self._is_settled():
+                return
+            time.sleep(_POLL_S)
+        raise RolloutError(
+            f"not every replica of '{self.name}' took it within {self.timeout_s:g} s; see 'serve status'"
+        )
+
+    def _deploy(self, rollout: Rollout) -> None:
+        details = self.client.get_serve_details()
+        applications = [
+            entry["deployed_app_config"] for entry in details["applications"].values() if entry["deployed_app_config"]
+        ]
+        config = next(entry for entry in applications if entry["name"] == self.name)
+        names = details["applications"][self.name]["deployments"]
+        config["deployments"] = [
+            _overrides(config, name) | {"name": name, "user_config": rollout.plain()} for name in names
+        ]
+        options = {key: value for key, value in (details.get("http_options") or {}).items() if key in ("host", "port")}
+        self.client.deploy_applications(
+            {"proxy_location": details["proxy_location"], "http_options": options, "applications": applications}
+        )
+
+    def _is_settled(self) -> bool:
+        """Whether Serve has no replica left that it wants to change."""
+        found = self.client.get_serve_details()["applications"][self.name]
+        if found["status"] == "DEPLOY_FAILED":
+            raise RolloutError(f"application '{self.name}' failed: {found.get('message', 'no reason given')}")
+        return all(entry["status"] == "HEALTHY" for entry in found["deployments"].values())
+
+    def _states(self) -> list[dict[str, Any]]:
+        """What each replica says of itself, gateways first; none while the application is scaled to zero."""
+        from ray import serve
+        from ray.serve.exceptions import DeploymentUnavailableError
+
+        names = self.client.get_serve_details()["applications"][self.name]["deployments"]
+        states: list[dict[str, Any]] = []
+        for name in sorted(names, key=lambda name: name == "ModelReplica"):
+            try:
+                handle = serve.get_deployment_handle(name, self.name)
+                states += handle.broadcast("rollout_state").results(timeout_s=30)
+            except (DeploymentUnavailableError, TimeoutError):
+                continue
+        return states
+
+    def _deployed(self) -> dict[str, Any]:
+        deployed: dict[str, Any] = self.client.get_serve_details()["applications"][self.name]["deployed_app_config"]
+        return deployed
+
+
+@contextmanager
+def running(name: str, app: str = NAME) -> Iterator[Application | None]:
+    """The application that serves the model `name` on the cluster of RAY_ADDRESS; none where there is none.
+
+    Raises:
+        RolloutError: it serves another model, or was started in a way that cannot be changed without a restart.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        yield None
+        return
+    with driver(os.environ["RAY_ADDRESS"]):
+        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+        client = ServeSubmissionClient(_dashboard_url())
+        found = client.get_serve_details().get("applications", {}).get(app)
+        if found is None:
+            yield None
+            return
+        if found["deployed_app_config"] is None:
+            raise RolloutError(
+                f"application '{app}' was started by 'serve run', which can only restart it; deploy it with 'serve "
+                "deploy' or 'elasticrec serve run', then its versions change while it answers"
+            )
+        application = Application(name=app, client=client)
+        parsed = parse_reference(application.reference)
+        if parsed is None or parsed.name != name:
+            raise RolloutError(
+                f"application '{app}' serves '{application.reference}', which is no label of '{name}'; name its own "
+                "model, or another application with --app"
+            )
+        yield application
+
+
+def label_of(application: Application) -> str:
+    """The label that is production for the application."""
+    parsed = parse_reference(application.reference)
+    assert parsed is not None  # `running` looked
+    return parsed.ref
+
+
+def _overrides(config: dict[str, Any], name: str) -> dict[str, Any]:
+    return next((dict(entry) for entry in config.get("deployments") or [] if entry["name"] == name), {})
+
+
+def _dashboard_url() -> str:
+    """Where the REST API is: as `serve deploy` takes it, else as the cluster says."""
+    for variable in ("RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS"):
+        if os.environ.get(variable):
+            return os.environ[variable]
+    from ray._private.worker import get_dashboard_url
+
+    return f"http://{get_dashboard_url()}"

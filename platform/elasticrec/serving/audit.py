@@ -1,0 +1,59 @@
+"""Administrative calls in, a line of JSON for each out: who, what, when, and how it ended.
+
+    {"at": "2026-01-31T12:00:00.000+00:00", "who": "ops", "what": "DELETE /v1/users/5e88…", "status": 200, …}
+
+A user's id is written as its hash: the line proves that an erasure happened, to whoever knows the id.
+"""
+
+import json
+import logging
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+from elasticrec.errors import ConfigError
+from elasticrec.serving.events import user_hash
+
+_USERS: Final = "/v1/users/"
+_LOGGER = logging.getLogger("elasticrec.audit")
+
+
+class Audit:
+    """Appends to a file that several replicas of a host share, or to the log `elasticrec.audit` without one."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Raises ConfigError when the file cannot be written."""
+        self._descriptor: int | None = None
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            except OSError as error:
+                raise ConfigError(
+                    f"audit log '{path}' cannot be written: {error.strerror}; give another path"
+                ) from None
+
+    def write(self, who: str, method: str, path: str, status: int, request_id: str) -> None:
+        """One line, on disk when this returns; O_APPEND keeps lines of several processes whole."""
+        entry = {
+            "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "who": who,
+            "what": f"{method} {shown(path)}",
+            "status": status,
+            "request_id": request_id,
+        }
+        line = json.dumps(entry)
+        if self._descriptor is None:
+            _LOGGER.info("%s", line)
+            return
+        os.write(self._descriptor, (line + "\n").encode())
+        os.fsync(self._descriptor)
+
+
+def shown(path: str) -> str:
+    """A path as logs may have it: without a user's id, and in ASCII."""
+    if path.startswith(_USERS):
+        return _USERS + user_hash(path[len(_USERS) :])
+    return quote(path, safe="/:@")

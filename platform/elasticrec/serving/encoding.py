@@ -1,0 +1,30 @@
+"""A question in, one query vector a row out: the stage that runs the network's encoder.
+
+# B rows, T positions, D width
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elasticrec.model.history import History
+from elasticrec.serving.question import Question
+from elasticrec.serving.setup import ModelSetup
+
+
+class Encoding:
+    """The last hidden vector of each history as the head multiplies it; or the direction of an item."""
+
+    def __init__(self, setup: ModelSetup) -> None:
+        self._network = setup.network
+
+    def encode(self, question: Question) -> Tensor:
+        """float32 (B, D)."""
+        if question.past is not None:
+            return self._network.head.query(self._network.newest(History.of(question.past)))
+        assert question.like_B is not None
+        item_B = torch.from_numpy(question.like_B)
+        row_BD: Tensor = self._network.encoder.items(item_B)
+        if question.like_BD is not None:
+            row_BD = torch.where((item_B == 0)[:, None], torch.from_numpy(question.like_BD), row_BD)
+        return F.normalize(row_BD, dim=-1)

@@ -1,0 +1,36 @@
+"""Times of answers in; how a replica has fared in the last seconds out."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from elasticrec.serving.autoscale import LATENCY, WAITING
+
+WINDOW_S: Final = 5.0
+_KEPT: Final = 4_096
+_PERCENTILE: Final = 95
+
+
+@dataclass(kw_only=True, slots=True)
+class Meter:
+    """Belongs to one event loop."""
+
+    waiting: Callable[[], float] = lambda: 0.0  # requests behind the running batch
+    told: Callable[[float, bool], None] = lambda *_: None  # each answer, for metrics
+    now_s: Callable[[], float] = time.monotonic
+    _answers: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_KEPT))
+
+    def observe(self, latency_ms: float, degraded: bool) -> None:
+        """One answer."""
+        self._answers.append((self.now_s(), latency_ms))
+        self.told(latency_ms, degraded)
+
+    def stats(self) -> dict[str, float]:
+        """What the autoscaling policy decides by."""
+        since_s = self.now_s() - WINDOW_S
+        recent = [latency_ms for at_s, latency_ms in self._answers if at_s >= since_s]
+        return {LATENCY: float(np.percentile(recent, _PERCENTILE)) if recent else 0.0, WAITING: float(self.waiting())}

@@ -1,0 +1,111 @@
+"""Bodies of recommend requests in, questions of the service out, and its answers as JSON: one user, or thousands."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import orjson
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from elasticrec.serving.api import (
+    MAX_OFFSET,
+    BatchRequest,
+    BatchResponse,
+    Problem,
+    RecommendRequest,
+    RecommendResponse,
+    Wishes,
+)
+from elasticrec.serving.caching import large
+from elasticrec.serving.cursor import check_cursor, encode_cursor, offset_of
+from elasticrec.serving.history import Request
+from elasticrec.serving.postprocess import Recommendation
+from elasticrec.serving.service import Ask, Service
+from elasticrec.serving.timings import timings
+
+BULK_USERS: Final = 64  # users of a batch request that go through the model together; single requests wait for them
+BULK_IN_FLIGHT: Final = 2  # one is in the model, one written; where the stages are apart, each has one
+
+
+def add_recommendations(router: APIRouter, service: Service, ask: Ask) -> None:
+    """`POST /recommend` and `POST /recommend:batch`."""
+
+    @router.post(
+        "/recommend",
+        response_model=RecommendResponse,
+        responses={409: {"model": Problem, "description": "The cursor is of another question or model version"}},
+        summary="Items that a user may want next",
+    )
+    async def recommend(body: RecommendRequest) -> Response:
+        started_s = time.perf_counter()
+        offset = body.offset if body.cursor is None else offset_of(body.cursor)
+        answer = await ask(to_request(body, body.user_id, tuple(body.history or ()), offset))
+        version, page_end = answer.version or service.model.version, offset + body.k
+        if body.cursor is not None:
+            check_cursor(body.cursor, _question_of(body, version))
+        more = answer.more and page_end <= MAX_OFFSET
+        content = _content(answer) | {
+            "model_version": version,
+            "degraded": answer.degraded,
+            "next_cursor": encode_cursor(page_end, _question_of(body, version)) if more else None,
+            "timings_ms": timings(started_s, answer.timings_ms),
+        }
+        return Response(orjson.dumps(content), media_type="application/json")
+
+    @router.post("/recommend:batch", response_model=BatchResponse, summary="The same for thousands of users")
+    async def recommend_batch(body: BatchRequest, http: HttpRequest) -> Response:
+        started_s = time.perf_counter()
+        parts = await _in_bulk(service, body)
+        tail = {"model_version": service.model.version, "timings_ms": timings(started_s, {})}
+        whole = b'{"results":[' + b",".join(parts) + b"]," + orjson.dumps(tail)[1:]
+        return await large(http, whole)
+
+
+def to_request(wishes: Wishes, user_id: str | None, history: tuple[str, ...], offset: int) -> Request:
+    """The service's question of a body."""
+    return Request(
+        k=wishes.k,
+        user_id=user_id,
+        history=history,
+        exclude=tuple(wishes.exclude),
+        offset=offset,
+        filters=wishes.filters,
+        item_boosts=tuple((boost.item_id, boost.factor) for boost in wishes.boosts if boost.item_id is not None),
+        category_boosts=tuple((boost.category, boost.factor) for boost in wishes.boosts if boost.category is not None),
+        diversity=wishes.diversity,
+        remove_seen=wishes.remove_seen,
+    )
+
+
+async def _in_bulk(service: Service, body: BatchRequest) -> list[bytes]:
+    """The answers as JSON, some users at a time; single requests get in between them."""
+    turn = asyncio.Semaphore(BULK_IN_FLIGHT)
+
+    async def some(user_ids: Sequence[str]) -> bytes:
+        async with turn:
+            answers = await service.recommend([to_request(body, user_id, (), 0) for user_id in user_ids])
+        return _rows(user_ids, answers)
+
+    pieces = [body.user_ids[begin : begin + BULK_USERS] for begin in range(0, len(body.user_ids), BULK_USERS)]
+    return list(await asyncio.gather(*map(some, pieces)))
+
+
+def _rows(user_ids: Sequence[str], answers: Sequence[Recommendation]) -> bytes:
+    rows = [{"user_id": user_id} | _content(answer) for user_id, answer in zip(user_ids, answers, strict=True)]
+    return orjson.dumps(rows)[1:-1]
+
+
+def _content(answer: Recommendation) -> dict[str, Any]:
+    return {
+        "items": [{"item_id": item_id, "title": title, "score": score} for item_id, title, score in answer.items],
+        "source": answer.source,
+        "history_length": answer.history_length,
+    }
+
+
+def _question_of(body: RecommendRequest, version: str) -> str:
+    """All that decides the order of the answers; the size of a page may change between pages."""
+    return version + body.model_dump_json(exclude={"k", "offset", "cursor"})

@@ -1,0 +1,263 @@
+"""An event store in Redis, for services of several nodes.
+
+    P:live:USER          list of the user's live events as JSON, in order of arrival
+    P:seed:GEN:USER      list of the data set's events; GEN names one loading of one data set
+    P:ids:USER           set of event ids that the user's live events had
+    P:seed               hash: fingerprint, generation, events of the data set that counts
+    P:erased             set of hashes of users whose seeded events stay away
+
+Acknowledged means durable: the server must run with `appendonly yes` and `appendfsync always`, which is asked when the
+store is opened; or the URL names `?wait_replicas=N`, and an append counts when N replicas have it as well.
+"""
+
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+
+from elasticrec.serving.events import EventStoreError, StoredEvent, user_hash
+
+SCHEMES: Final = ("redis", "rediss", "unix")
+_WAIT: Final = "wait_replicas"
+_LOADED_EVENTS: Final = 2_000  # in one round trip while a data set is loaded
+_SEED_LOCK_S: Final = 60
+_TOKEN_S: Final = 600  # how long a repeated append is known as such; clients of ours give up long before
+
+# One script, so that an append is whole, in order, and not made twice by a client that repeats it after a lost answer.
+_APPEND: Final = """
+if not redis.call('SET', KEYS[1], 1, 'NX', 'EX', ARGV[1]) then return 0 end
+local added = 0
+for place = 2, #ARGV, 2 do
+  if ARGV[place] == '' or redis.call('SADD', KEYS[place + 1], ARGV[place]) == 1 then
+    redis.call('RPUSH', KEYS[place], ARGV[place + 1])
+    added = added + 1
+  end
+end
+return added
+"""
+_READ: Final = """
+local live = redis.call('LRANGE', KEYS[1], ARGV[1], -1)
+local generation = redis.call('HGET', KEYS[2], 'generation')
+local seeded = {}
+if generation and redis.call('SISMEMBER', KEYS[3], ARGV[2]) == 0 then
+  seeded = redis.call('LRANGE', ARGV[3] .. generation .. ':' .. ARGV[4], ARGV[1], -1)
+end
+return {seeded, live}
+"""
+_ERASE: Final = """
+local generation = redis.call('HGET', KEYS[3], 'generation')
+local erased = redis.call('LLEN', KEYS[1])
+redis.call('DEL', KEYS[1], KEYS[2])
+if generation then
+  local seeded = ARGV[2] .. generation .. ':' .. ARGV[3]
+  erased = erased + redis.call('LLEN', seeded)
+  redis.call('DEL', seeded)
+end
+redis.call('SADD', KEYS[4], ARGV[1])
+return erased
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RedisConfig:
+    """Where the server is (redis://, rediss:// or unix://), and under which prefix the keys lie."""
+
+    url: str
+    prefix: str = "elasticrec"
+    timeout_s: float = 5.0
+    retries: int = 5  # within 1.25 s: a restart of the server is waited for
+
+    @property
+    def shown(self) -> str:
+        """The URL without a password."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+    @property
+    def server_url(self) -> str:
+        """The URL without what is ours; written by hand, since urlunsplit writes unix:// with one slash."""
+        place, _, query = self.url.partition("?")
+        rest = urlencode([pair for pair in parse_qsl(query) if pair[0] != _WAIT])
+        return f"{place}?{rest}" if rest else place
+
+    @property
+    def wait_replicas(self) -> int:
+        given = dict(parse_qsl(urlsplit(self.url).query)).get(_WAIT, "0")
+        if not given.isdigit():
+            raise EventStoreError(f"{_WAIT} of '{self.shown}' is '{given}'; give a number of replicas")
+        return int(given)
+
+
+class RedisEventStore:
+    """One Redis server (not a Redis Cluster, whose slots a script may not cross), shared by any number of nodes."""
+
+    def __init__(self, config: RedisConfig) -> None:
+        """Connects and asks whether the server keeps what it acknowledges.
+
+        Raises:
+            EventStoreError: it does not answer, or does not sync its log at each write.
+        """
+        self.config = config
+        self._wait_replicas = config.wait_replicas
+        with self._telling():
+            self._server: Any = redis.Redis.from_url(
+                config.server_url,
+                socket_timeout=config.timeout_s,
+                socket_connect_timeout=config.timeout_s,
+                retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), config.retries),
+                decode_responses=True,
+            )
+            self._append = self._server.register_script(_APPEND)
+            self._read = self._server.register_script(_READ)
+            self._erase = self._server.register_script(_ERASE)
+            self._require_durable()
+
+    def append(self, events: Sequence[StoredEvent]) -> None:
+        keys, arguments = [self._key("token", uuid.uuid4().hex)], [str(_TOKEN_S)]
+        for event in events:
+            keys += [self._key("live", _text(event.user_id)), self._key("ids", event.user_id)]
+            arguments += [event.event_id or "", _json(event)]
+        with self._telling():
+            self._append(keys=keys, args=arguments)
+            self._wait()
+
+    def history(self, user_id: str, limit: int) -> list[str]:
+        return [event.item_id for event in self.newest(user_id, limit)]
+
+    def newest(self, user_id: str, limit: int) -> list[StoredEvent]:
+        seeded, live = self._both(user_id, limit)
+        return [_event(user_id, raw) for raw in [*seeded, *live][-limit:]]
+
+    def seen(self, user_id: str) -> set[str]:
+        seeded, live = self._both(user_id, 0)
+        return {json.loads(raw)[0] for raw in (*seeded, *live)}
+
+    def count(self, user_id: str) -> int:
+        return sum(map(len, self._both(user_id, 0)))
+
+    def erase(self, user_id: str) -> int:
+        keys = [self._key("live", user_id), self._key("ids", user_id), self._key("seed"), self._key("erased")]
+        with self._telling():
+            erased = int(self._erase(keys=keys, args=[user_hash(user_id), self._key("seed", ""), user_id]))
+            self._wait()
+        return erased
+
+    def seed(self, fingerprint: str, events: Iterable[StoredEvent]) -> int:
+        with self._telling(), self._seeding():
+            loaded = self._server.hgetall(self._key("seed"))
+            if loaded.get("fingerprint") == fingerprint:
+                return 0
+            generation = uuid.uuid4().hex
+            try:
+                count = self._load(generation, events)
+            except BaseException:
+                self._remove(generation)
+                raise
+            seed = {"fingerprint": fingerprint, "generation": generation, "events": count}
+            self._server.hset(self._key("seed"), mapping=seed)  # from here on it counts
+            self._wait()
+            if loaded:
+                self._remove(loaded["generation"])
+        return count
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _load(self, generation: str, events: Iterable[StoredEvent]) -> int:
+        erased: set[str] = self._server.smembers(self._key("erased"))
+        count = 0
+        pipeline = self._server.pipeline(transaction=False)
+        for event in events:
+            if user_hash(event.user_id) in erased:
+                continue
+            pipeline.rpush(self._key("seed", generation, event.user_id), _json(event))
+            count += 1
+            if count % _LOADED_EVENTS == 0:
+                pipeline.execute()
+                self._server.expire(self._key("seeding"), _SEED_LOCK_S)
+        pipeline.execute()
+        return count
+
+    def _remove(self, generation: str) -> None:
+        for key in self._server.scan_iter(_escaped(self._key("seed", generation, "")) + "*", count=1_000):
+            self._server.unlink(key)
+
+    @contextlib.contextmanager
+    def _seeding(self) -> Iterator[None]:
+        """One process loads, the others wait here; the lock of one that died ends by itself."""
+        key, token = self._key("seeding"), uuid.uuid4().hex
+        while not self._server.set(key, token, nx=True, ex=_SEED_LOCK_S):
+            time.sleep(0.05)
+        try:
+            yield
+        finally:
+            if self._server.get(key) == token:
+                self._server.delete(key)
+
+    def _both(self, user_id: str, limit: int) -> tuple[list[str], list[str]]:
+        """Seeded and live events, at most `limit` of each; all for 0."""
+        keys = [self._key("live", user_id), self._key("seed"), self._key("erased")]
+        arguments: list[str | int] = [-limit if limit else 0, user_hash(user_id), self._key("seed", ""), user_id]
+        with self._telling():
+            seeded, live = self._read(keys=keys, args=arguments)
+        return seeded, live
+
+    def _wait(self) -> None:
+        if self._wait_replicas:
+            have = self._server.wait(self._wait_replicas, int(500 * self.config.timeout_s))
+            if have < self._wait_replicas:
+                raise EventStoreError(
+                    f"event store '{self.config.shown}' has {have} replicas of the events, {self._wait_replicas} are "
+                    "asked for; they are not acknowledged"
+                )
+
+    def _require_durable(self) -> None:
+        self._server.ping()
+        if self._wait_replicas:
+            return
+        try:
+            found = self._server.config_get("appendonly", "appendfsync")
+        except redis.ResponseError:
+            found = {}  # a managed server hides its settings
+        if found.get("appendonly") != "yes" or found.get("appendfsync") != "always":
+            raise EventStoreError(
+                f"event store '{self.config.shown}' would lose acknowledged events: its settings are {found}; start "
+                f"Redis with --appendonly yes --appendfsync always, or add ?{_WAIT}=N to the URL"
+            )
+
+    def _key(self, *parts: str) -> str:
+        return ":".join((self.config.prefix, *parts))
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except (redis.RedisError, OSError, UnicodeError) as error:
+            raise EventStoreError(f"event store '{self.config.shown}' failed: {error}; is Redis up?") from error
+
+
+def _json(event: StoredEvent) -> str:
+    return json.dumps([_text(event.item_id), event.timestamp, event.event_type], ensure_ascii=False)
+
+
+def _event(user_id: str, raw: str) -> StoredEvent:
+    item_id, timestamp, event_type = json.loads(raw)
+    return StoredEvent(user_id=user_id, item_id=item_id, timestamp=timestamp, event_type=event_type)
+
+
+def _text(value: str) -> str:
+    if not isinstance(value, str):
+        raise EventStoreError(f"an id is {value!r}; ids are text")
+    return value
+
+
+def _escaped(pattern: str) -> str:
+    return "".join(f"\\{letter}" if letter in "*?[]\\^-" else letter for letter in pattern)

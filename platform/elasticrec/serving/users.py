@@ -1,0 +1,70 @@
+"""A user's id in; their events with titles out, or none left: history and erasure over HTTP."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Annotated, Final, TypeVar
+
+from fastapi import APIRouter, Path, Query, Security
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel, Field
+
+from elasticrec.serving.api import MAX_ID_CHARACTERS
+from elasticrec.serving.catalogue import Catalogue
+from elasticrec.serving.events import EventStore
+
+MAX_SHOWN: Final = 1_000
+T = TypeVar("T")
+UserId = Annotated[str, Path(min_length=1, max_length=MAX_ID_CHARACTERS)]
+
+
+class UserEvent(BaseModel):
+    """One event; no title where the catalogue does not know the item."""
+
+    item_id: str
+    title: str | None
+    event_type: str | None
+    timestamp: int = Field(description="seconds since the epoch; 0 where the data set has no times")
+
+
+class UserResponse(BaseModel):
+    """The newest events of a user, oldest first: those of the data set, then live ones as they arrived."""
+
+    user_id: str
+    events: list[UserEvent]
+    total: int = Field(description="events that are kept of this user")
+
+
+class ErasureResponse(BaseModel):
+    """Nothing of the user is kept any more, and no data set that is loaded later brings them back."""
+
+    erased: int
+
+
+def users(catalogue: Callable[[], Catalogue], events: EventStore, thread: Executor) -> APIRouter:
+    """`catalogue`: that of the version in production at the moment. `thread`: where events are written, in order."""
+    router = APIRouter(prefix="/v1", dependencies=[Security(HTTPBearer(auto_error=False, description="an API key"))])
+
+    async def run(function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(thread, function)
+
+    @router.get("/users/{user_id:path}", summary="What a user did")
+    async def history(user_id: UserId, limit: Annotated[int, Query(ge=1, le=MAX_SHOWN)] = 100) -> UserResponse:
+        newest, total = await run(lambda: (events.newest(user_id, limit), events.count(user_id)))
+        find = catalogue().find
+        shown = [
+            UserEvent(
+                item_id=event.item_id,
+                title=item.title if (item := find(event.item_id)) else None,
+                event_type=event.event_type,
+                timestamp=event.timestamp,
+            )
+            for event in newest
+        ]
+        return UserResponse(user_id=user_id, events=shown, total=total)
+
+    @router.delete("/users/{user_id:path}", summary="Erase all events of a user, for good")
+    async def erase(user_id: UserId) -> ErasureResponse:
+        return ErasureResponse(erased=await run(lambda: events.erase(user_id)))
+
+    return router

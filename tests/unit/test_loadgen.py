@@ -1,0 +1,82 @@
+"""The load generator of the serving benchmarks: counts what came, repeats once what a broken connection took."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(port: int, **others: Any) -> dict[str, Any]:
+    plan = {"port": port, "connections": 2, "seconds": 0.5, "bodies": ['{"k": 1}']} | others
+    done = subprocess.run([sys.executable, "-m", "benchmarks.loadgen"], input=json.dumps(plan), text=True, cwd=ROOT,
+                          capture_output=True, timeout=60, check=True)  # fmt: skip
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@contextmanager
+def server(statuses: list[int | None]) -> Iterator[int]:
+    """Answers each request by the next status, the last one for ever; none ends the connection instead."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    lock = threading.Lock()
+
+    def serve(connection: socket.socket) -> None:
+        with connection:
+            while connection.recv(65_536):
+                with lock:
+                    status = statuses.pop(0) if len(statuses) > 1 else statuses[0]
+                if status is None:
+                    return
+                connection.sendall(b"HTTP/1.1 %d X\r\nContent-Length: 2\r\n\r\n{}" % status)
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
+def test_it_counts_answers_and_times_them() -> None:
+    with server([200, 429, 500, 200]) as port:
+        found = load(port)
+    assert found["statuses"]["429"] == found["statuses"]["500"] == 1
+    assert found["failed"] == 1  # too many requests is an answer
+    assert found["failures"] == ["500 {}"]
+    assert found["requests"] == sum(found["statuses"].values()) > 2
+    assert 0 < found["p50_ms"] <= found["p99_ms"] <= found["max_ms"]
+
+
+def test_a_broken_connection_is_tried_once_more() -> None:
+    with server([200, None, 200]) as port:
+        found = load(port)
+    assert (found["retried"], found["failed"]) == (1, 0)
+    with server([None]) as port:
+        found = load(port, connections=1, seconds=0.2)
+    assert found["failed"] > 0
+    assert found["failures"][0].startswith("the connection ended twice")
+
+
+def test_a_pace_is_kept_and_events_are_told() -> None:
+    with server([200]) as port:
+        found = load(port, connections=1, pace_s=0.02, writes=True, seconds=1)
+    assert 20 <= found["requests"] <= 51
+    assert found["acknowledged"][:2] == [["load-0", "e0"], ["load-0", "e1"]]
+    assert abs(len(found["acknowledged"]) - found["requests"] / 10) <= 1

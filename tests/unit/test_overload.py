@@ -1,0 +1,287 @@
+"""What a service does when there is too much, or too little time: 429, 504, or what is popular; nothing hangs."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pytest
+from fastapi import FastAPI
+
+from elasticrec.errors import ConfigError
+from elasticrec.serving.api import OverloadedError, UnavailableError
+from elasticrec.serving.assortment import Assortment
+from elasticrec.serving.audit import Audit
+from elasticrec.serving.auth import KeyRing, StoredKey, create_key, scope_of
+from elasticrec.serving.batcher import Batcher
+from elasticrec.serving.catalogue import Catalogue
+from elasticrec.serving.circuit import CircuitConfig
+from elasticrec.serving.deadline import DEADLINE_S
+from elasticrec.serving.events import SqliteConfig, SqliteEventStore, user_hash
+from elasticrec.serving.gateway import Service, create_app
+from elasticrec.serving.guard import Protection
+from elasticrec.serving.history import Request
+from elasticrec.serving.postprocess import Chosen, Recommendation
+from elasticrec.serving.rate import Rate, RateConfig
+from tests.contract.redis_server import redis_server
+
+
+class Model:
+    """Answers when its gate is open; counts what it was asked."""
+
+    version = "tiny:1"
+
+    def __init__(self) -> None:
+        index = np.arange(1, 4)
+        self.catalogue = Catalogue(pa.table({
+            "item_id": ["a", "b", "c"], "title": ["A", "B", "C"], "categories": [[]] * 3, "count": index,
+        }))  # fmt: skip
+        self.assortment, self.index = Assortment(self.catalogue), None
+        self.gate = asyncio.Event()
+        self.asked = 0
+        self.error: Exception | None = None
+
+    async def recommend(self, requests: Sequence[Request]) -> list[Recommendation]:
+        self.asked += len(requests)
+        if self.error is not None:
+            raise self.error
+        await self.gate.wait()
+        return [self._answer("model") for _ in requests]
+
+    def popular(self, requests: Sequence[Request]) -> list[Recommendation]:
+        return [self._answer("popularity") for _ in requests]
+
+    def _answer(self, source: Any) -> Recommendation:
+        chosen = (Chosen(item_id="a", title="A", score=None),)
+        return Recommendation(items=chosen, source=source, history_length=0, timings_ms={})
+
+
+@pytest.fixture
+def events(tmp_path: Path) -> Iterator[SqliteEventStore]:
+    store = SqliteEventStore(SqliteConfig(path=tmp_path / "events.sqlite"))
+    yield store
+    store.close()
+
+
+def service(model: Model, events: SqliteEventStore, **options: Any) -> Service:
+    thread = ThreadPoolExecutor(1)
+    return Service(model=model, recommend=model.recommend, events=events, event_thread=thread, **options)
+
+
+def client(app: FastAPI, **headers: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test", headers=headers)
+
+
+ASK = {"user_id": "ann"}
+
+
+def test_a_late_model_gives_what_is_popular_in_time(events: SqliteEventStore) -> None:
+    async def scenario() -> None:
+        model = Model()
+        app = create_app(service(model, events), None)
+        async with client(app) as http:
+            started_s = time.monotonic()
+            answer = await http.post("/v1/recommend", json=ASK, headers={"x-request-timeout-ms": "200"})
+            assert 0.1 < time.monotonic() - started_s < 1.0
+            assert answer.status_code == 200
+            assert answer.json()["degraded"] is True
+            assert answer.json()["source"] == "popularity"
+            model.gate.set()
+            answer = await http.post("/v1/recommend", json=ASK)
+            assert answer.json()["degraded"] is False
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_is_down_is_left_alone_and_taken_up_again(events: SqliteEventStore) -> None:
+    async def scenario() -> None:
+        model = Model()
+        model.gate.set()
+        model.error = UnavailableError("down")
+        app = create_app(service(model, events, circuit=CircuitConfig(failures=3, open_s=0.2)), None)
+        async with client(app) as http:
+            for _ in range(10):
+                answer = await http.post("/v1/recommend", json=ASK)
+                assert (answer.status_code, answer.json()["degraded"]) == (200, True)
+            assert model.asked == 3
+            model.error = None
+            await asyncio.sleep(0.25)
+            answer = await http.post("/v1/recommend", json=ASK)
+            assert answer.json()["degraded"] is False
+            assert model.asked == 4
+
+    asyncio.run(scenario())
+
+
+def test_beyond_the_queue_the_answer_is_429_at_once(events: SqliteEventStore) -> None:
+    async def scenario() -> None:
+        model = Model()
+        app = create_app(service(model, events, max_batch=1, max_waiting=3), None, Protection(timeout_ms=20_000))
+        async with client(app) as http:
+            waiting = [asyncio.create_task(http.post("/v1/recommend", json=ASK))]
+            while not model.asked:
+                await asyncio.sleep(0.01)
+            waiting += [asyncio.create_task(http.post("/v1/recommend", json=ASK)) for _ in range(3)]
+            await asyncio.sleep(0.5)
+            answer = await http.post("/v1/recommend", json=ASK)
+            assert answer.status_code == 429
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert int(answer.headers["retry-after"]) >= 1
+            model.gate.set()
+            assert [(await one).status_code for one in waiting] == [200] * 4
+
+    asyncio.run(scenario())
+
+
+def test_beyond_what_a_replica_works_on_the_answer_is_429(events: SqliteEventStore) -> None:
+    async def scenario() -> None:
+        model = Model()
+        app = create_app(service(model, events), None, Protection(max_in_flight=2, timeout_ms=20_000))
+        async with client(app) as http:
+            waiting = [asyncio.create_task(http.post("/v1/recommend", json=ASK)) for _ in range(2)]
+            await asyncio.sleep(0.5)
+            assert (await http.get("/v1/items/a")).status_code == 429
+            assert (await http.get("/healthz")).status_code == 200  # or an overloaded replica would be restarted
+            model.gate.set()
+            assert [(await one).status_code for one in waiting] == [200] * 2
+            assert (await http.get("/v1/items/a")).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_what_nobody_waits_for_costs_the_worker_nothing() -> None:
+    async def scenario() -> None:
+        gate, seen = asyncio.Event(), []
+
+        async def run(batch: Sequence[int]) -> list[int]:
+            seen.extend(batch)
+            await gate.wait()
+            return list(batch)
+
+        batcher = Batcher(run, max_batch=1)
+        first = asyncio.create_task(batcher.submit(1))
+        await asyncio.sleep(0)
+        DEADLINE_S.set(time.monotonic() + 0.02)
+        late = asyncio.create_task(batcher.submit(2))
+        await asyncio.sleep(0.05)
+        gate.set()
+        assert await first == 1
+        with pytest.raises(Exception, match="time that the request allowed is over"):
+            await late
+        assert seen == [1]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "x", "60001", "9999999999", "", "١"])
+def test_a_deadline_that_is_none_is_refused(events: SqliteEventStore, value: str) -> None:
+    async def scenario() -> None:
+        async with client(create_app(service(Model(), events), None)) as http:
+            header = {b"x-request-timeout-ms": value.encode()}
+            answer = await http.post("/v1/recommend", json=ASK, headers=header)  # type: ignore[arg-type]
+            assert answer.status_code == 400
+            assert answer.json()["type"].endswith("/bad-header")
+
+    asyncio.run(scenario())
+
+
+def test_scopes_say_what_a_key_may(events: SqliteEventStore, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        model = Model()
+        model.gate.set()
+        path = tmp_path / "keys.json"
+        reads, writes, admin = (create_key(path, scope, (scope,)) for scope in ("read", "events", "admin"))  # type: ignore[arg-type]
+        audit = tmp_path / "audit.jsonl"
+        app = create_app(service(model, events), KeyRing(path), Protection(audit=Audit(audit)))
+        event = {"events": [{"user_id": "ann", "item_id": "a"}]}
+        calls: list[tuple[str, str, Any, str]] = [
+            ("POST", "/v1/recommend", ASK, "read"), ("GET", "/v1/items/a", None, "read"),
+            ("GET", "/v1/users/ann", None, "read"), ("POST", "/v1/events", event, "events"),
+            ("DELETE", "/v1/users/ann", None, "admin"), ("GET", "/v1/admin/replica", None, "admin"),
+        ]  # fmt: skip
+        async with client(app) as http:
+            for scope, key in (("read", reads), ("events", writes), ("admin", admin)):
+                for method, place, body, needed in calls:
+                    headers = {"authorization": f"Bearer {key}"}
+                    answer = await http.request(method, place, json=body, headers=headers)
+                    assert answer.status_code == (200 if scope == needed else 403), (scope, method, place)
+                    if scope != needed:
+                        assert answer.json()["type"].endswith("/forbidden")
+        lines = audit.read_text().splitlines()
+        assert len(lines) == 6  # two calls by three keys, the refused ones as well
+        assert f"DELETE /v1/users/{user_hash('ann')}" in lines[-2]
+        assert '"who": "admin"' in lines[-2]
+        assert '"status": 200' in lines[-2]
+        assert "/ann" not in audit.read_text()
+
+    asyncio.run(scenario())
+
+
+def test_what_is_not_known_is_administrative() -> None:
+    assert scope_of("PUT", "/v1/items/a") == scope_of("DELETE", "/v1/items/a") == "admin"
+    assert scope_of("POST", "/v1/new") == scope_of("PATCH", "/") == "admin"
+    assert scope_of("POST", "/v1/recommend:batch") == scope_of("GET", "/v1/search") == "read"
+    with pytest.raises(ConfigError, match=r"has the scope 'reed'.*did you mean 'read'"):
+        StoredKey(name="x", sha256="", created="", scopes=("reed",))  # type: ignore[arg-type]
+
+
+def test_answers_carry_request_ids_and_security_headers(events: SqliteEventStore) -> None:
+    async def scenario() -> None:
+        async with client(create_app(service(Model(), events), None)) as http:
+            answer = await http.get("/v1/users/a", headers={"x-request-id": "abc-1.2_3"})
+            assert answer.headers["x-request-id"] == "abc-1.2_3"
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["cache-control"] == "no-store"
+            assert "default-src 'none'" in answer.headers["content-security-policy"]
+            for bad in ("a b", "x" * 65, "<script>"):
+                made = (await http.get("/nothing", headers={"x-request-id": bad})).headers["x-request-id"]
+                assert made != bad
+                assert len(made) == 16
+            assert "content-security-policy" not in (await http.get("/docs")).headers
+
+    asyncio.run(scenario())
+
+
+def test_each_key_has_its_own_rate(events: SqliteEventStore, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        path = tmp_path / "keys.json"
+        one, other = create_key(path, "one"), create_key(path, "other")
+        rate = Rate(RateConfig(limit="3/minute"))
+        app = create_app(service(Model(), events), KeyRing(path), Protection(rate=rate))
+        async with client(app) as http:
+            statuses = [(await http.get("/v1/items/a", headers={"x-api-key": one})).status_code for _ in range(5)]
+            assert statuses == [200, 200, 200, 429, 429]
+            answer = await http.get("/v1/items/a", headers={"x-api-key": one})
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+            assert (await http.get("/v1/items/a", headers={"x-api-key": other})).status_code == 200
+            assert (await http.get("/healthz")).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_rate_in_redis_counts_for_all_replicas_and_its_outage_stops_nobody() -> None:
+    async def scenario() -> None:
+        with redis_server() as server:
+            config = RateConfig(limit="4/minute", store=server.url)
+            replicas = [Rate(config), Rate(config)]
+            for number in range(4):
+                await replicas[number % 2].require("one")
+            for replica in replicas:
+                with pytest.raises(OverloadedError, match="has used its 4 per 1 minute"):
+                    await replica.require("one")
+        await replicas[0].require("one")
+        for replica in replicas:
+            await replica.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("limit", ["", "x", "5/fortnight", "-1/second"])
+def test_a_rate_that_is_none_is_refused(limit: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Rate(RateConfig(limit=limit))
