@@ -48,7 +48,8 @@ class Sparse24Linear(nn.Module):
         place_OQ2 = torch.stack([place_OQ & 3, (place_OQ >> 2) & 3], dim=-1).long()
         kept_OQ2 = self.get_buffer("kept_OH").float().unflatten(1, (-1, 2))
         weight_OQ4 = kept_OQ2.new_zeros(*place_OQ.shape, 4).scatter(-1, place_OQ2, kept_OQ2)
-        return weight_OQ4.flatten(1)
+        weight_OD: Tensor = weight_OQ4.flatten(1)
+        return weight_OD
 
 
 def two_of_four(weight_OD: Tensor) -> dict[str, Tensor]:
