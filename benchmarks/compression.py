@@ -93,9 +93,9 @@ def alone(student: Distil, dropout: float, learning_rate: float) -> Distil:
 
 def small(quick: bool) -> Plan:
     """943 users, 1,682 items, long histories: the encoder is most of it."""
-    epochs = 6 if quick else 80
-    student = Distil(width=64, blocks=1, heads=2, epochs=epochs, soft_share=1.0, temperature=2.0)
-    larger = (replace(student, blocks=2), replace(student, width=96))
+    epochs = 6 if quick else 40
+    student = Distil(width=64, blocks=1, heads=2, epochs=epochs, soft_share=0.9, dropout=0.2)
+    larger = replace(student, blocks=2)
     pruned = (Prune(heads=0.25, channels=0.5, blocks=1), FineTune(epochs=2 if quick else 6))
     return Plan(
         dataset=SMALL,
@@ -104,12 +104,7 @@ def small(quick: bool) -> Plan:
         loss=FullSoftmax(mask_seen=True),
         student=student,
         alone=(alone(student, 0.2, 2e-3),),
-        others=(
-            *((one,) for one in larger),
-            *((one, WEIGHTS_ALONE, table) for one in larger for table in (Int8Table(), Int4Table())),
-            pruned,
-            (*pruned, WEIGHTS_ALONE, Int8Table()),
-        ),
+        others=((larger,), *rounded((larger,)), pruned, (*pruned, WEIGHTS_ALONE, Int8Table())),
         remove_seen=True,
     )
 

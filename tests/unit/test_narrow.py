@@ -1,4 +1,4 @@
-"""Layers in fp8 and int4: what they compute, to the letter and near the layer that they stand for; where they refuse.
+"""Layers in fp8, int4 and 2:4: what they compute, to the letter and near the layer they stand for; where they refuse.
 
 # M tokens, D inputs, O outputs
 """
@@ -12,6 +12,7 @@ import torch
 from elasticrec.compression.linears import Fp8Linear as Fp8Step
 from elasticrec.compression.linears import Int4Linear as Int4Step
 from elasticrec.compression.linears import Int8Linear as Int8Step
+from elasticrec.compression.linears import SparseLinear as SparseStep
 from elasticrec.compression.workbench import Workbench, apply
 from elasticrec.data.split import LeaveOneOut
 from elasticrec.errors import ConfigError
@@ -20,9 +21,10 @@ from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.history import History
 from elasticrec.model.narrow import FP8, GROUP, Fp8Linear, Int4Linear, check_fp8, fp8_rows, int4_groups
 from elasticrec.model.network import Network, NetworkConfig
+from elasticrec.model.sparse import Sparse24Linear, check_sparse, two_of_four
 
 
-def bench(width: int = 32) -> Workbench:
+def bench(width: int = 64) -> Workbench:
     torch.manual_seed(0)
     encoder = EncoderConfig(width=width, blocks=2, max_length=8)
     return Workbench(
@@ -78,16 +80,20 @@ def test_the_scale_of_a_group_is_better_than_that_of_its_largest_entry() -> None
     assert (layer.weight() - weight_OD).square().sum() < 0.95 * (plain_OD - weight_OD).square().sum()
 
 
-@pytest.mark.parametrize(("step", "bytes_a_weight", "near"), [(Fp8Step(), 1.0, 0.99), (Int4Step(), 0.5, 0.95)])
+@pytest.mark.parametrize(
+    ("step", "bytes_a_weight", "near"), [(Fp8Step(), 1.0, 0.99), (Int4Step(), 0.5, 0.95), (SparseStep(), 1.0, 0.25)]
+)
 def test_networks_of_such_layers_are_small_and_near(
-    step: Fp8Step | Int4Step, bytes_a_weight: float, near: float
+    step: Fp8Step | Int4Step | SparseStep, bytes_a_weight: float, near: float
 ) -> None:
     given = bench()
     made = apply(step, given.teacher, given)
     before = sum(
         p.numel() for n, p in given.teacher.encoder.blocks.named_parameters() if n.endswith("weight") and p.ndim == 2
     )
-    held = sum(t.nbytes for n, t in made.encoder.blocks.named_buffers() if n.endswith(("weight_OD", "packed_OH")))
+    held = sum(
+        t.nbytes for n, t in made.encoder.blocks.named_buffers() if n.endswith(("weight_OD", "packed_OH", "kept_OH"))
+    )
     assert held == bytes_a_weight * before
     history = History(torch.randint(1, 51, (20, 8), generator=torch.Generator().manual_seed(0)))
     h_BD, expected_BD = made(history)[:, -1], given.teacher(history)[:, -1]
@@ -101,11 +107,37 @@ def test_mistakes_are_told() -> None:
     given = bench()
     with pytest.raises(ConfigError, match="in int4_weights already"):
         apply(Int8Step(), apply(Int4Step(), given.teacher, given), given)
-    with pytest.raises(ConfigError, match="not on 'mps'"):
-        apply(Fp8Step(), given.teacher, replace(given, device="mps"))
+    narrow = bench(width=32)
+    with pytest.raises(ConfigError, match="sparse_linear needs layers of a multiple of 64 inputs and 32 outputs"):
+        apply(SparseStep(), narrow.teacher, narrow)
+    for step in (Fp8Step(), SparseStep()):
+        with pytest.raises(ConfigError, match="not on 'mps'"):
+            apply(step, given.teacher, replace(given, device="mps"))
+
+
+def test_two_of_each_four_weights_stay_where_they_were() -> None:
+    weight_OD = torch.tensor([[1.0, -4.0, 2.0, 3.0, 0.0, 0.0, 0.5, 0.0]])
+    layer = Sparse24Linear(8, 1, bias=True)
+    layer.load_state_dict(two_of_four(weight_OD) | {"bias_O": torch.tensor([7.0])})
+    assert layer.weight().tolist()[0][:4] == [0.0, -4.0, 0.0, 3.0]
+    assert layer.weight().tolist()[0][6] == 0.5
+    assert layer(torch.ones(2, 8)).tolist() == [[6.5], [6.5]]
+
+
+def test_what_is_left_out_is_never_larger_than_what_stays() -> None:
+    weight_OD = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    layer = Sparse24Linear(64, 16, bias=False)
+    layer.load_state_dict(two_of_four(weight_OD))
+    kept_OQ4 = layer.weight().unflatten(1, (-1, 4)) != 0
+    assert bool((kept_OQ4.sum(dim=-1) == 2).all())
+    size_OQ4 = weight_OD.abs().unflatten(1, (-1, 4))
+    least_O = size_OQ4.masked_fill(~kept_OQ4, float("inf")).amin(dim=-1)
+    assert bool((size_OQ4.masked_fill(kept_OQ4, 0.0).amax(dim=-1) <= least_O).all())
 
 
 def test_an_older_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
-    with pytest.raises(ConfigError, match=r"capability 8\.9 or more and this one has 8\.0; compress to int8_linear"):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+    with pytest.raises(ConfigError, match=r"capability 8\.9 or more and this one has 7\.5; compress to int8_linear"):
         check_fp8(torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"capability 8\.0 or more and this one has 7\.5; prune channels instead"):
+        check_sparse(torch.device("cuda"))

@@ -15,7 +15,7 @@ from elasticrec.columns import CATEGORIES, COUNT, ITEM, ITEM_INDEX, TITLE, USER,
 from elasticrec.compression.distil import Distil
 from elasticrec.compression.factorise import LowRankTable
 from elasticrec.compression.finetune import FineTune
-from elasticrec.compression.linears import Fp8Linear, Int4Linear, Int8Linear
+from elasticrec.compression.linears import Fp8Linear, Int4Linear, Int8Linear, SparseLinear
 from elasticrec.compression.prune import Prune
 from elasticrec.compression.quantize import BFloat16Table, Int4Table, Int8Table, PQTable
 from elasticrec.compression.recipe import Recipe, compress, described, label
@@ -38,6 +38,7 @@ RECIPES: tuple[Recipe, ...] = (
     (LowRankTable(rank=8), Int4Table()),
     (Int8Linear(), Int8Table()),
     (Int4Linear(),),
+    (SparseLinear(), Int8Table()),
     (Fp8Linear(), Int4Table()),
     (Int8Linear(activations="none"), LowRankTable(rank=8), PQTable()),
     (Prune(heads=0.5, channels=0.3, blocks=1, batches=1), FineTune(epochs=1), Int8Linear(), Int4Table()),
@@ -68,7 +69,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def bench(tmp_path: Path) -> Workbench:
     torch.manual_seed(0)
-    encoder = EncoderConfig(width=16, blocks=2, max_length=LENGTH)
+    encoder = EncoderConfig(width=64, blocks=2, max_length=LENGTH)
     teacher = Network(NetworkConfig(encoder=encoder), N_ITEMS).eval().requires_grad_(False)
     return Workbench(
         teacher=teacher,

@@ -1,4 +1,4 @@
-"""Float32 linear layers in, ones of int8, int4 or fp8 out: weights with scales, activations rounded too or not."""
+"""Float32 linear layers in, ones of int8, int4, fp8 or 2:4 out; what meets a kernel of its own is checked here."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -12,6 +12,7 @@ from elasticrec.errors import ConfigError
 from elasticrec.model.linear import LinearPrecision
 from elasticrec.model.narrow import FP8_MULTIPLE, check_fp8, fp8_rows, int4_groups
 from elasticrec.model.network import Network
+from elasticrec.model.sparse import COLUMNS, ROWS, check_sparse, two_of_four
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,16 @@ class Fp8Linear:
     kind: ClassVar[str] = "fp8_linear"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseLinear:
+    """The encoder's linear layers without the smaller two of each four weights (2:4), which later GPUs skip.
+
+    Zeros do not outlive training, so it comes after `finetune`.
+    """
+
+    kind: ClassVar[str] = "sparse_linear"
+
+
 @apply.register
 def _(step: Int8Linear, network: Network, _bench: Workbench) -> Network:
     return with_rounded_layers(network, "int8" if step.activations == "dynamic" else "int8_weights", _int8)
@@ -49,13 +60,24 @@ def _(_step: Int4Linear, network: Network, _bench: Workbench) -> Network:
 @apply.register
 def _(step: Fp8Linear, network: Network, bench: Workbench) -> Network:
     check_fp8(torch.device(bench.device))
+    _check_sizes(step.kind, network, FP8_MULTIPLE, FP8_MULTIPLE)
+    return with_rounded_layers(network, "fp8", _fp8)
+
+
+@apply.register
+def _(step: SparseLinear, network: Network, bench: Workbench) -> Network:
+    check_sparse(torch.device(bench.device))
+    _check_sizes(step.kind, network, COLUMNS, ROWS)
+    return with_rounded_layers(network, "sparse24", two_of_four)
+
+
+def _check_sizes(kind: str, network: Network, inputs: int, outputs: int) -> None:
     for name, layer in network.encoder.named_modules():
-        if isinstance(layer, nn.Linear) and (layer.in_features % FP8_MULTIPLE or layer.out_features % FP8_MULTIPLE):
+        if isinstance(layer, nn.Linear) and (layer.in_features % inputs or layer.out_features % outputs):
             raise ConfigError(
-                f"{step.kind} needs layers of a multiple of {FP8_MULTIPLE} inputs and outputs and '{name}' has "
+                f"{kind} needs layers of a multiple of {inputs} inputs and {outputs} outputs and '{name}' has "
                 f"{layer.in_features} and {layer.out_features}; change the width, or prune less"
             )
-    return with_rounded_layers(network, "fp8", _fp8)
 
 
 def with_rounded_layers(network: Network, precision: LinearPrecision, encode: Encode) -> Network:

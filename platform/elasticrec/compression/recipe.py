@@ -9,15 +9,16 @@ from typing import Any
 from elasticrec.compression.distil import Distil
 from elasticrec.compression.factorise import LowRankTable
 from elasticrec.compression.finetune import FineTune
-from elasticrec.compression.linears import Fp8Linear, Int4Linear, Int8Linear
+from elasticrec.compression.linears import Fp8Linear, Int4Linear, Int8Linear, SparseLinear
 from elasticrec.compression.prune import Prune
 from elasticrec.compression.quantize import BFloat16Table, Int4Table, Int8Table, PQTable
 from elasticrec.compression.workbench import Workbench, apply
 from elasticrec.config import to_mapping
 from elasticrec.model.network import Network
 
-Rounding = BFloat16Table | Int8Table | Int4Table | PQTable | LowRankTable | Int8Linear | Int4Linear | Fp8Linear
-Step = Rounding | Prune | Distil | FineTune
+Table = BFloat16Table | Int8Table | Int4Table | PQTable | LowRankTable
+Layers = Int8Linear | Int4Linear | Fp8Linear | SparseLinear
+Step = Table | Layers | Prune | Distil | FineTune
 Recipe = tuple[Step, ...]  # without a step: the network as it was trained
 
 AS_TRAINED = "float32"

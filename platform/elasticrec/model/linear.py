@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from elasticrec.model import integers
 from elasticrec.model.narrow import Fp8Linear, Int4Linear
+from elasticrec.model.sparse import Sparse24Linear
 
-LinearPrecision = Literal["float32", "int8", "int8_weights", "int4_weights", "fp8"]
+LinearPrecision = Literal["float32", "int8", "int8_weights", "int4_weights", "fp8", "sparse24"]
 
 _CHUNK_TOKENS = 512  # integers and floats of 512 outputs: 1 MB each, what a core's cache holds
 
@@ -68,4 +69,6 @@ def _empty(layer: nn.Linear, precision: LinearPrecision) -> nn.Module:
         return Fp8Linear(inputs, outputs, bias=bias)
     if precision == "int4_weights":
         return Int4Linear(inputs, outputs, bias=bias)
+    if precision == "sparse24":
+        return Sparse24Linear(inputs, outputs, bias=bias)
     return Int8Linear(inputs, outputs, bias=bias, rounds_inputs=precision == "int8")

@@ -65,7 +65,8 @@ class Int4Linear(nn.Module):
         packed_OH = self.get_buffer("packed_OH")
         entry_OD = torch.stack([packed_OH & 15, packed_OH >> 4], dim=-1).flatten(1).float() - 8
         scale_OG1 = self.get_buffer("scale_OG").float().unsqueeze(-1)
-        return (entry_OD.unflatten(1, (-1, GROUP)) * scale_OG1).flatten(1)[:, : self.inputs]
+        weight_OD: Tensor = (entry_OD.unflatten(1, (-1, GROUP)) * scale_OG1).flatten(1)
+        return weight_OD[:, : self.inputs]
 
 
 def fp8_rows(x_MD: Tensor) -> tuple[Tensor, Tensor]:

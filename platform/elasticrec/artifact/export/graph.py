@@ -66,7 +66,7 @@ def _check(config: NetworkConfig) -> None:
     if config.linear not in ("float32", "int8_weights"):
         raise ConfigError(
             f"linear layers in {config.linear} give other scores elsewhere: int8 and fp8 round by the last bit of each "
-            "token, int4 has no common operation; use the recipe with int8_linear's activations 'none', or its parent"
+            "token, int4 and 2:4 have no common operation; use int8_linear with activations 'none', or the parent"
         )
 
 
