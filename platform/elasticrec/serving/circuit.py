@@ -52,7 +52,7 @@ class Circuit:
 
     def failed(self, now_s: float) -> None:
         self._failures += 1
-        if self._trying or self._failures >= self._config.failures:
+        if self._failures >= self._config.failures:  # still so after a try that failed
             self._open_until_s = now_s + self._config.open_s
             self._trying = False
 
