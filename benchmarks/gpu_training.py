@@ -36,6 +36,7 @@ from elasticrec.training.run import CheckpointConfig, RunConfig, ValidationConfi
 from elasticrec.training.sync.all_reduce import AllReduce
 
 MEET_EVERY = 8  # steps between two moments at which the host waits for the device
+PROFILE_FROM = 8  # meetings
 WARM_UP = 2 * MEET_EVERY  # steps, in which compilers work
 NEVER = 1_000_000
 CURVE_STEPS = 50
@@ -70,6 +71,7 @@ class Way:
     packed: bool = True
     fused: bool = False
     flex: bool = False
+    jagged: bool = False
     gpu_only: bool = False
 
 
@@ -148,7 +150,7 @@ def make_store(folder: Path, size: Size, n_users: int) -> Store:
 
 def run_config(way: Way, size: Size, storage: Path, dropout: float) -> RunConfig:
     """One epoch, without a validation until its end."""
-    block = BlockConfig(heads=size.heads, attention="flex" if way.flex else "sdpa")
+    block = BlockConfig(heads=size.heads, attention="jagged" if way.jagged else "flex" if way.flex else "sdpa")
     encoder = EncoderConfig(
         width=size.width,
         blocks=size.blocks,
@@ -176,8 +178,28 @@ def trained(way: Way, size: Size, store: Store, device: str, dropout: float) -> 
     torch.compiler.reset()
     with tempfile.TemporaryDirectory() as storage:
         run = run_config(way, size, Path(storage), dropout)
-        Loop(run, store, LocalHost(run.folder, device=device)).train()
+        Loop(run, store, Watch(run.folder, device=device)).train()
         return read(run.folder / STEPS)
+
+
+class Watch(LocalHost):
+    """Lists the kernels of the steps between two meetings, where a file is named for it."""
+
+    meetings = 0
+    listing: Path | None = None
+
+    def leaving(self) -> bool:
+        self.meetings += 1
+        if self.listing is not None and self.meetings == PROFILE_FROM:
+            torch.cuda.synchronize()
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self._profile.start()
+        elif self.listing is not None and self.meetings == PROFILE_FROM + 1:
+            torch.cuda.synchronize()
+            self._profile.stop()
+            table = self._profile.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90)
+            self.listing.write_text(table, encoding="utf-8")
+        return False
 
 
 def measure(device: str, size: Size, folder: Path) -> tuple[list[dict[str, Any]], list[Check]]:
