@@ -248,6 +248,14 @@ def _product(one: Tensor, other: Tensor) -> Tensor:
     return one.float() @ other.float()  # what a GPU's tensor cores compute; torch offers it nowhere else
 
 
+def add_product(start: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """start + one @ other, in the type of `start`; the second factor is taken in that of the narrower one."""
+    if start.dtype == one.dtype == other.dtype:
+        return torch.addmm(start, one, other)
+    narrow = one.dtype if one.dtype != start.dtype else other.dtype
+    return _product(one.to(narrow), other.to(narrow)).add_(start)
+
+
 def softmax_gradient_in_place(logits_mI: Tensor, target_m1: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy and its gradient by the logits: (m, I) as products take it, in the place of the logits."""
     left_out_m1, target_m1 = target_m1 < 0, target_m1.clamp(min=0)
