@@ -232,7 +232,7 @@ def measure(
     peak = matmul_peak(device, size.peak_n)
     ways = ways_on(device)
     rows = [attempted(way, size, store, device, peak, folder / way.name) for way in ways]
-    shorter = replace(size, length=96, spread=1.0, steps=size.steps // 48 * 48)
+    shorter = replace(size, length=96, spread=1.0)
     rows.append(
         attempted(
             replace(ways[-1], name=f"{ways[-1].name}; as of 1M ratings"),
@@ -270,7 +270,8 @@ def _row(way: Way, size: Size, store: Store, device: str, peak: float, storage: 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     start_s = time.time()
-    run = run_config(way, size, storage, dropout=0.2)
+    epochs = -(-size.steps * size.batch_users // (len(store.sequences.offset_U1) - 1))
+    run = replace(run_config(way, size, storage, dropout=0.2), epochs=epochs)
     lines = trained(run, store, device, meetings=size.steps // size.meet_every)
     speed = Speed.of(lines, size.meet_every)
     return {

@@ -16,6 +16,13 @@ from torch import Tensor
 
 _SPLITS = 512  # programs that the sum over users for the bias is to keep busy
 
+# Queries and keys of a tile, warps and stages of each kernel, for heads of up to 64 and of more. Measured, and no choice
+# of the moment: other tiles round otherwise, and workers have to agree.
+TILES = {
+    "narrow": {"forward": (64, 64, 4, 3), "queries": (64, 64, 4, 3), "keys": (64, 64, 4, 3), "bias": (64, 64, 4, 3)},
+    "wide": {"forward": (64, 64, 8, 3), "queries": (64, 64, 8, 3), "keys": (64, 64, 8, 3), "bias": (64, 64, 8, 3)},
+}
+
 
 def jagged_attention(qkv_M3A: Tensor, weight_NT: Tensor, offset_B1: Tensor, longest: int) -> Tensor:
     """(M, A): softmax(q k / sqrt(H) + weight[distance]) v within each user; zero for tokens that belong to nobody.
@@ -33,7 +40,7 @@ def jagged_attention(qkv_M3A: Tensor, weight_NT: Tensor, offset_B1: Tensor, long
 def _attend(qkv: Tensor, weight: Tensor, offset: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     tokens, heads, inner = len(qkv), len(weight), qkv.shape[1] // 3
     out_MA, log_NM = qkv.new_zeros(tokens, inner), torch.zeros(heads, tokens, device=qkv.device)
-    size = _sizes(inner // heads)
+    size = _sizes("forward", inner // heads)
     _forward[(triton.cdiv(longest, size["Q"]), (len(offset) - 1) * heads)](
         qkv, weight, offset, out_MA, log_NM, *_shape(qkv, weight), **size
     )
@@ -54,11 +61,15 @@ def _attend_backward(
     grad = grad.contiguous()
     delta_NM = (grad.float() * out.float()).view(len(qkv), heads, -1).sum(dim=2).t().contiguous()
     given = (qkv, weight, offset, grad, log, delta_NM)
-    size = _sizes(inner // heads)
     found_M3A = qkv.new_zeros(len(qkv), 3 * inner)
+    size = _sizes("queries", inner // heads)
+    grid = (triton.cdiv(longest, size["Q"]), users * heads)
+    _backward_queries[grid](*given, found_M3A, *_shape(qkv, weight), **size)
+    size = _sizes("keys", inner // heads)
+    grid = (triton.cdiv(longest, size["K"]), users * heads)
+    _backward_keys[grid](*given, found_M3A, *_shape(qkv, weight), **size)
+    size = _sizes("bias", inner // heads)
     blocks = triton.cdiv(longest, size["Q"])
-    _backward_queries[(blocks, users * heads)](*given, found_M3A, *_shape(qkv, weight), **size)
-    _backward_keys[(blocks, users * heads)](*given, found_M3A, *_shape(qkv, weight), **size)
     pairs = blocks * (blocks + 1) // 2
     splits = max(1, min(users, _SPLITS // (pairs * heads)))
     side = blocks * size["Q"]
@@ -103,11 +114,12 @@ def _shape(qkv: Tensor, weight: Tensor) -> tuple[Any, ...]:
     return len(qkv), qkv.stride(0), inner, weight.shape[1], heads, (inner // heads) ** -0.5
 
 
-def _sizes(head_width: int) -> dict[str, Any]:
-    """Tiles and warps by what registers hold."""
+def _sizes(kernel: str, head_width: int) -> dict[str, Any]:
+    """Tiles and warps of a kernel."""
     if head_width < 16 or head_width & (head_width - 1):
         raise ValueError(f"kernels need a head width that is a power of two of 16 or more, got {head_width}")
-    return {"H": head_width, "Q": 64, "K": 64, "num_warps": 4 if head_width <= 64 else 8}
+    queries, keys, warps, stages = TILES["narrow" if head_width <= 64 else "wide"][kernel]
+    return {"H": head_width, "Q": queries, "K": keys, "num_warps": warps, "num_stages": stages}
 
 
 @triton.jit
