@@ -79,7 +79,7 @@ def main() -> None:
     if chosen.life:
         live(**json.loads(chosen.life))
         return
-    size = TINY if chosen.quick else SMALL
+    size = TINY if chosen.quick else replace(SMALL, meet_every=4)
     rows, checks = [], []
     with tempfile.TemporaryDirectory() as folder:
         make_store(Path(folder) / "store", size, size.steps * size.batch_users)
