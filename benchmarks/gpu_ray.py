@@ -36,10 +36,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = parser.parse_args()
     size = TINY if chosen.quick else FULL
-    rounds = 1 if chosen.quick else 2
+    rounds = 1 if chosen.quick else chosen.rounds
     speeds: dict[str, list[Speed]] = {"bare loop": [], "Ray Train": []}
     with tempfile.TemporaryDirectory() as folder, connected(train_slots=1):
         path = Path(folder) / "store"
