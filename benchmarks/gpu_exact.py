@@ -1,4 +1,4 @@
-"""By how much `elastic.exact` deviates on a GPU: the same short run by one worker twice, by two, by three, and resumed.
+"""By how much `elastic.exact` deviates on a GPU: the same short run by one worker twice, by two, and resumed.
 
 Each life is processes of their own that share one device and meet over gloo. What is compared with the first life is
 the last checkpoint (parameters, averages, moments) and the loss of every step. On the CPU in float32 all are the same
@@ -7,6 +7,7 @@ bits. `--quick` makes it tiny; `--device cpu` says what the CPU does.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu_training import BEST, SMALL, TINY, Way, bfloat16, make_store, run_config
+from benchmarks.gpu_training import BEST, SMALL, TINY, Size, Way, bfloat16, make_store, run_config
 from benchmarks.result import Check, publish
 from elasticrec.config import from_mapping, to_mapping
 from elasticrec.data.sequences import open_store
@@ -53,7 +54,6 @@ LIVES = [
     Life(name="one worker", workers=1),
     Life(name="one worker again", workers=1),
     Life(name="two workers", workers=2),
-    Life(name="three workers", workers=3),
     Life(name="two, lost, then one resumed", workers=2, lost_after=3),
 ]
 
@@ -80,23 +80,24 @@ def main() -> None:
         live(**json.loads(chosen.life))
         return
     size = TINY if chosen.quick else replace(SMALL, meet_every=4)
-    rows, checks = [], []
+    ways = WAYS if chosen.device != "cpu" else WAYS[:1]
     with tempfile.TemporaryDirectory() as folder:
         make_store(Path(folder) / "store", size, size.steps * size.batch_users)
-        for way in WAYS if chosen.device != "cpu" else WAYS[:1]:
-            run = replace(
-                run_config(way, size, Path(folder) / way.name, dropout=0.2),
-                checkpoint=CheckpointConfig(interval_s=0, background=False),
-                elastic=ElasticConfig(exact=True, max_workers=3),
-            )
-            folders = start(run, Path(folder), chosen.device)
-            rows += [row(way, life, folders) for life in LIVES[1:]]
-            print(rows[-len(LIVES) + 1 :], flush=True)
+        runs = {way.name: config(way, size, Path(folder) / way.name) for way in ways}
+        start(list(runs.values()), Path(folder) / "store", chosen.device)
+        rows = [row(name, life, run) for name, run in runs.items() for life in LIVES[1:]]
     worst = max(row["parameters"] for row in rows)
-    checks.append(
-        Check(name="largest deviation of a parameter", value=worst, target=0.01, unit="", holds=worst <= 0.01)
+    check = Check(name="largest deviation of a parameter", value=worst, target=0.01, unit="", holds=worst <= 0.01)
+    publish("gpu_exact", rows, [check], chosen.json)
+
+
+def config(way: Way, size: Size, storage: Path) -> RunConfig:
+    """A run that writes a checkpoint at each meeting."""
+    return replace(
+        run_config(way, size, storage, dropout=0.2),
+        checkpoint=CheckpointConfig(interval_s=0, background=False),
+        elastic=ElasticConfig(exact=True, max_workers=2),
     )
-    publish("gpu_exact", rows, checks, chosen.json)
 
 
 def _options() -> argparse.Namespace:
@@ -108,33 +109,38 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start(run: RunConfig, folder: Path, device: str) -> dict[str, Path]:
-    """All lives of a run beside each other; the folder of each."""
-    folders, lives = {}, []
-    for life in LIVES:
-        own = replace(run, storage=run.storage / life.name)
-        folders[life.name] = own.folder
-        stages = [(life.workers, life.lost_after)] + ([(1, None)] if life.lost_after else [])
-        lives.append((own, stages))
+def start(runs: list[RunConfig], store: Path, device: str) -> None:
+    """All lives of all runs beside each other, and then the resumed ones."""
     for stage in range(2):
         children = []
-        for own, stages in lives:
+        for run, life in itertools.product(runs, LIVES):
+            stages = [(life.workers, life.lost_after)] + ([(1, None)] if life.lost_after else [])
             if stage < len(stages):
-                children += begin(own, folder / "store", device, *stages[stage], meeting=f"{own.folder.parent}.{stage}")
-        failed = [child.args for child in children if child.wait() != 0]
+                children += begin(of_life(run, life), store, device, *stages[stage])
+        failed = sum(child.wait() != 0 for child in children)
         if failed:
-            raise SystemExit(f"{len(failed)} workers failed, the first one was {failed[0]}")
-    return folders
+            raise SystemExit(f"{failed} workers failed; what they said stands above")
+
+
+def of_life(run: RunConfig, life: Life) -> RunConfig:
+    """The run in a folder of its own."""
+    return replace(run, storage=run.storage / life.name)
 
 
 def begin(
-    run: RunConfig, store: Path, device: str, workers: int, lost_after: int | None, *, meeting: str
+    run: RunConfig, store: Path, device: str, workers: int, lost_after: int | None
 ) -> list[subprocess.Popen[bytes]]:
     """The processes of one stage of a life."""
     given = {"run": to_mapping(run), "store": str(store), "device": device, "world": workers, "lost_after": lost_after}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu_exact", "--life", json.dumps(given | {"rank": rank, "at": meeting})]
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.gpu_exact",
+                "--life",
+                json.dumps(given | {"rank": rank, "at": f"{run.storage}.{workers}"}),
+            ]
         )
         for rank in range(workers)
     ]
@@ -158,16 +164,15 @@ def live(run: dict[str, Any], store: str, device: str, world: int, lost_after: i
         dist.destroy_process_group()
 
 
-def row(way: Way, life: Life, folders: dict[str, Path]) -> dict[str, Any]:
+def row(way: str, life: Life, run: RunConfig) -> dict[str, Any]:
     """Deviations of a life from the first one."""
-    first, other = (
-        read_tensors(next(iter(LocalHost(folders[name]).checkpoints()))) for name in (LIVES[0].name, life.name)
-    )
-    losses = [[line["loss"] for line in read(folders[name] / STEPS)] for name in (LIVES[0].name, life.name)]
+    folders = [of_life(run, each).folder for each in (LIVES[0], life)]
+    first, other = (read_tensors(next(iter(LocalHost(folder).checkpoints()))) for folder in folders)
+    losses = [[line["loss"] for line in read(folder / STEPS)] for folder in folders]
     assert len(losses[0]) == len(losses[1]) > 0
     assert first.keys() == other.keys()
     return {
-        "way": way.name,
+        "way": way,
         "life": life.name,
         "steps": len(losses[0]),
         "same_bits": all(torch.equal(first[name], other[name]) for name in first),

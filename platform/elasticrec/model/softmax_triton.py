@@ -5,8 +5,6 @@ A row is read once and its gradient is written once; nothing is added atomically
 # m tokens of a chunk, I items
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,7 @@
 """Queries and the keys of a catalogue in, the best items of each query out, exactly, without ever holding all scores.
 
 Two levels. The first multiplies everything and keeps the best score of each group of neighbouring items. Whatever is
-among the best k lies in one of the k groups with the best maxima, for each better group has an item that is better, too.
+among the best k lies in one of the k groups with the best maxima: each better group has an item that is better, too.
 So the second level scores those groups again and chooses among them. Items that a query must not get make a group look
 better than it is, at most as many groups as there are such items: so many more groups are looked at.
 
@@ -127,7 +127,7 @@ def group_maxima(query_BD: Tensor, keys: Keys, group: int) -> Tensor:
 
 
 def group_scores(query_BD: Tensor, keys: Keys, group_BC: Tensor, group: int) -> Tensor:
-    """float32 (B, C, S): the scores of all items of some groups, by torch; -inf for padding and beyond the catalogue."""
+    """float32 (B, C, S): the scores of all items of some groups, by torch; -inf where there is no item."""
     item_BCS = group_BC.unsqueeze(2) * group + torch.arange(group, device=group_BC.device)
     known_BCS = item_BCS.clamp(max=len(keys.key_ID) - 1)
     score_BCS = torch.stack(

@@ -3,8 +3,6 @@
 # B queries, D width, I items + 1 (index 0 is padding), S items of a group, G groups, C groups that are looked at
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl

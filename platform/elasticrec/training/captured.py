@@ -1,7 +1,7 @@
 """A loss and batches of a few shapes in; their forward and backward passes as CUDA graphs, one for each shape, out.
 
 A step of a small network is bound by the host, which launches a thousand kernels; a graph launches them at once. The
-first batch of a shape is computed three times without a graph, so that compilers and workspaces are done, then recorded.
+first batch of a shape is computed three times without a graph, for compilers and workspaces, and then recorded.
 
 # M tokens
 """
