@@ -22,7 +22,7 @@ from elasticrec.model.head import CosineHead
 from elasticrec.model.network import Network
 from elasticrec.model.quantized import Int8Table
 
-GROUP = 32  # items; on an H100 the best of 16 to 128 (benchmarks/results/retrieval_gpu_h100.json)
+GROUP = 32  # items; on an H100 the best of 16 to 128 at a million items and a batch of 256 (docs/log.md)
 _PIECE_BYTES = 2**24  # of scores that the CPU holds at a time
 _ON_GPU = (torch.bfloat16, torch.int8)
 
