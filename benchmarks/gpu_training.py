@@ -1,12 +1,15 @@
 """Training steps on a GPU, one way of computing them after the other: tokens/s, ms, share of the peak, memory.
 
 The network of the design: width 256, 4 blocks, 200 positions, 128 users a step, over synthetic histories of 27,000
-items whose lengths are spread as in a public set of 20 million film ratings. `--check` instead compares loss curves:
-those of the device with the one of the CPU in float32. Without a GPU all runs on the CPU; `--quick` makes it tiny.
+items whose lengths are spread as in public sets of 20 and of 1 million film ratings. `--check` instead compares loss
+curves: those of the device with the one of the CPU in float32. `--listing FILE` lists the kernels of the fastest way.
+Without a GPU all runs on the CPU; `--quick` makes it tiny.
 """
 
 import argparse
+import contextlib
 import gc
+import itertools
 import statistics
 import tempfile
 import time
@@ -20,7 +23,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.result import Check, publish
-from elasticrec.columns import ITEM, ITEM_INDEX, USER, USER_INDEX
+from elasticrec.columns import COUNT, ITEM, ITEM_INDEX, USER, USER_INDEX
 from elasticrec.data.plan import PlanConfig
 from elasticrec.data.sequences import Sequences, Store, write_store
 from elasticrec.model.block import BlockConfig
@@ -35,8 +38,9 @@ from elasticrec.training.optimizer import OptimizerConfig
 from elasticrec.training.run import CheckpointConfig, RunConfig, ValidationConfig
 from elasticrec.training.sync.all_reduce import AllReduce
 
-MEET_EVERY = 8  # steps between two moments at which the host waits for the device
-WARM_UP = 2 * MEET_EVERY  # steps, in which compilers work
+MEET_EVERY = 32  # steps between two moments at which the host waits for the device
+WARM_UP = 2  # meetings, in which compilers work
+PROFILE_FROM = 8  # meetings
 NEVER = 1_000_000
 CURVE_STEPS = 50
 DEVIATION = 0.02  # of the loss, relative
@@ -54,10 +58,14 @@ class Size:
     n_items: int
     steps: int
     peak_n: int  # rows of the matrices whose product gives the peak
+    length: int = 68  # the median history, as among 20 million film ratings
+    spread: float = 1.1  # of its logarithm
+    least: int = 20
+    meet_every: int = MEET_EVERY
 
 
-FULL = Size(width=256, blocks=4, heads=8, max_length=200, batch_users=128, n_items=27_000, steps=64, peak_n=8192)
-TINY = Size(width=32, blocks=1, heads=2, max_length=16, batch_users=16, n_items=300, steps=40, peak_n=256)
+FULL = Size(width=256, blocks=4, heads=8, max_length=200, batch_users=128, n_items=27_000, steps=320, peak_n=8192)
+TINY = Size(width=32, blocks=1, heads=2, max_length=16, batch_users=16, n_items=300, steps=40, peak_n=256, meet_every=8)
 SMALL = Size(width=64, blocks=2, heads=2, max_length=50, batch_users=64, n_items=2_000, steps=CURVE_STEPS, peak_n=1024)
 
 
@@ -70,6 +78,7 @@ class Way:
     packed: bool = True
     fused: bool = False
     flex: bool = False
+    jagged: bool = False
     gpu_only: bool = False
 
 
@@ -77,31 +86,32 @@ def bfloat16(**options: Any) -> ComputeConfig:
     return ComputeConfig(precision="bfloat16", **options)
 
 
+def without_padding(**options: Any) -> ComputeConfig:
+    return bfloat16(bucket_tokens=1024, ahead=2, **options)
+
+
+BEST = Way(
+    name="bfloat16, no padding, compiled, captured",
+    compute=without_padding(compile=True, capture=True),
+    fused=True,
+    jagged=True,
+    gpu_only=True,
+)
 WAYS = [
     Way(name="float32, packed"),
     Way(name="bfloat16, packed", compute=bfloat16()),
-    Way(name="bfloat16, packed, fused loss", compute=bfloat16(), fused=True),
-    Way(name="bfloat16, packed, fused loss, flex", compute=bfloat16(), fused=True, flex=True, gpu_only=True),
     Way(name="bfloat16, padded, fused loss", compute=bfloat16(), packed=False, fused=True),
-    Way(name="float32, compiled, fused loss", compute=ComputeConfig(compile=True), packed=False, fused=True),
-    Way(name="bfloat16, compiled, fused loss", compute=bfloat16(compile=True), packed=False, fused=True),
-    Way(name="the same made 2 ahead", compute=bfloat16(compile=True, ahead=2), packed=False, fused=True),
-    Way(name="the same recomputed", compute=bfloat16(compile=True, recompute=True), packed=False, fused=True),
+    Way(name="bfloat16, padded, compiled", compute=bfloat16(compile=True), packed=False, fused=True),
     Way(
-        name="the same with flex",
-        compute=bfloat16(compile=True),
-        packed=False,
-        fused=True,
-        flex=True,
-        gpu_only=True,
-    ),
-    Way(
-        name="the same with graphs",
-        compute=bfloat16(compile=True, graphs=True),
+        name="bfloat16, padded, compiled, graphs",
+        compute=bfloat16(compile=True, graphs=True, ahead=2),
         packed=False,
         fused=True,
         gpu_only=True,
     ),
+    Way(name="bfloat16, no padding, launched", compute=without_padding(), fused=True, jagged=True),
+    replace(BEST, name="bfloat16, no padding, captured", compute=without_padding(capture=True)),
+    BEST,
 ]
 
 
@@ -111,7 +121,8 @@ def main() -> None:
         if chosen.check:
             rows, checks = compare(chosen.device, Path(folder))
         else:
-            rows, checks = measure(chosen.device, TINY if chosen.quick else FULL, Path(folder))
+            size = TINY if chosen.quick else FULL
+            rows, checks = measure(chosen.device, size, Path(folder), chosen.listing)
     publish("gpu_training", rows, checks, chosen.json)
 
 
@@ -120,6 +131,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--check", action="store_true", help=f"compare loss curves of {CURVE_STEPS} steps")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--listing", type=Path, help="where to list the kernels of the fastest way")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
@@ -135,20 +147,23 @@ def ways_on(device: str) -> list[Way]:
 def make_store(folder: Path, size: Size, n_users: int) -> Store:
     """Walks of random strides through items of Zipf's popularity: something to learn, of the right lengths."""
     generator = np.random.default_rng(0)
-    length_U = np.clip(np.exp(generator.normal(np.log(68), 1.1, n_users)), 20, 1000).astype(np.int64)
+    length_U = np.clip(np.exp(generator.normal(np.log(size.length), size.spread, n_users)), size.least, 2000).astype(
+        np.int64
+    )
     offset_U1 = np.concatenate([[0], np.cumsum(length_U)])
     start_E = np.repeat((generator.pareto(1.0, n_users) * 20).astype(np.int64), length_U)
     stride_E = np.repeat(generator.integers(1, 4, n_users), length_U)
     within_E = np.arange(offset_U1[-1]) - np.repeat(offset_U1[:-1], length_U)
     item_E = ((start_E + stride_E * within_E) % size.n_items + 1).astype(np.int32)
+    count_I = np.bincount(item_E, minlength=size.n_items + 1)
     users = pa.table({USER_INDEX: np.arange(n_users), USER: np.arange(n_users).astype(str)})
-    items = pa.table({ITEM_INDEX: np.arange(1, size.n_items + 1), ITEM: np.arange(size.n_items).astype(str)})
+    items = pa.table({ITEM_INDEX: np.arange(1, size.n_items + 1), ITEM: np.arange(size.n_items), COUNT: count_I[1:]})
     return write_store(folder, Sequences(item_E=item_E, offset_U1=offset_U1), users, items, command="benchmark")
 
 
 def run_config(way: Way, size: Size, storage: Path, dropout: float) -> RunConfig:
     """One epoch, without a validation until its end."""
-    block = BlockConfig(heads=size.heads, attention="flex" if way.flex else "sdpa")
+    block = BlockConfig(heads=size.heads, attention="jagged" if way.jagged else "flex" if way.flex else "sdpa")
     encoder = EncoderConfig(
         width=size.width,
         blocks=size.blocks,
@@ -164,62 +179,132 @@ def run_config(way: Way, size: Size, storage: Path, dropout: float) -> RunConfig
         loss=FullSoftmax(fused=way.fused),
         plan=PlanConfig(batch_users=size.batch_users),
         optimizer=OptimizerConfig(warmup_steps=10),
-        sync=AllReduce(meet_every=MEET_EVERY),
+        sync=AllReduce(meet_every=size.meet_every),
         validation=ValidationConfig(every_epochs=NEVER),
         checkpoint=CheckpointConfig(interval_s=NEVER),
         compute=way.compute,
     )
 
 
-def trained(way: Way, size: Size, store: Store, device: str, dropout: float) -> list[dict[str, Any]]:
-    """The journal's lines of all steps."""
+class Measured(Exception):  # noqa: N818 - what happened, and no error
+    """Enough steps were taken."""
+
+
+class Watch(LocalHost):
+    """Ends training at a meeting, without writing a checkpoint; lists the kernels between two meetings before that."""
+
+    meetings = 0
+    last_meeting = NEVER
+    listing: Path | None = None
+
+    def leaving(self) -> bool:
+        self.meetings += 1
+        if self.listing is not None and self.meetings == PROFILE_FROM:
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self._profile.start()
+        elif self.listing is not None and self.meetings == PROFILE_FROM + 1:
+            torch.cuda.synchronize()
+            self._profile.stop()
+            table = self._profile.key_averages().table(sort_by="cuda_time_total", row_limit=50)
+            self.listing.write_text(table, encoding="utf-8")
+        if self.meetings >= self.last_meeting:
+            raise Measured
+        return False
+
+
+def trained(
+    run: RunConfig, store: Store, device: str, *, meetings: int = NEVER, listing: Path | None = None
+) -> list[dict[str, Any]]:
+    """The journal's lines of all steps, or of those before so many meetings."""
     torch.compiler.reset()
-    with tempfile.TemporaryDirectory() as storage:
-        run = run_config(way, size, Path(storage), dropout)
-        Loop(run, store, LocalHost(run.folder, device=device)).train()
-        return read(run.folder / STEPS)
+    host = Watch(run.folder, device=device)
+    host.last_meeting, host.listing = meetings, listing
+    with contextlib.suppress(Measured):
+        Loop(run, store, host).train()
+    return read(run.folder / STEPS)
 
 
-def measure(device: str, size: Size, folder: Path) -> tuple[list[dict[str, Any]], list[Check]]:
+def measure(
+    device: str, size: Size, folder: Path, listing: Path | None = None
+) -> tuple[list[dict[str, Any]], list[Check]]:
     """A row for each way; one that fails says so and the others go on."""
-    store = make_store(folder / "store", size, size.steps * size.batch_users)
+    store = make_store(folder / "20M", size, size.steps * size.batch_users)
     peak = matmul_peak(device, size.peak_n)
-    rows = []
-    for way in ways_on(device):
-        try:
-            rows.append(_row(way, size, store, device, peak))
-        except Exception as error:  # noqa: BLE001 - whatever a compiler raises
-            rows.append(_failed(way, f"{type(error).__name__}: {error}"))
-        print(rows[-1], flush=True)
-        gc.collect()
-    plain, best = rows[0]["tokens_per_s"], max(row["tokens_per_s"] for row in rows)
-    gain = best / plain if plain else 0.0
-    checks = [Check(name="the fastest way against float32", value=gain, target=1.0, unit="times", holds=gain > 1)]
+    ways = ways_on(device)
+    rows = [attempted(way, size, store, device, peak, folder / way.name) for way in ways]
+    shorter = replace(size, length=96, spread=1.0)
+    rows.append(
+        attempted(
+            replace(ways[-1], name=f"{ways[-1].name}; as of 1M ratings"),
+            shorter,
+            make_store(folder / "1M", shorter, 6040),
+            device,
+            peak,
+            folder / "runs-1M",
+        )
+    )
+    if listing is not None:
+        run = run_config(ways[-1], size, folder / "listed", dropout=0.2)
+        trained(run, store, device, meetings=PROFILE_FROM + 2, listing=listing)
     ran = sum(not row["failed"] for row in rows)
-    checks.append(Check(name="ways that run", value=ran, target=len(rows), unit="", holds=ran == len(rows)))
-    return rows, checks
+    best = rows[len(ways) - 1]["tokens_per_s"]
+    return rows, [
+        Check(name="tokens/s of the fastest way", value=best, target=1.2e6, unit="tokens/s", holds=best >= 1.2e6),
+        Check(name="ways that run", value=ran, target=len(rows), unit="", holds=ran == len(rows)),
+    ]
 
 
-def _row(way: Way, size: Size, store: Store, device: str, peak: float) -> dict[str, Any]:
+def attempted(way: Way, size: Size, store: Store, device: str, peak: float, storage: Path) -> dict[str, Any]:
+    """A row, whatever happens."""
+    try:
+        row = _row(way, size, store, device, peak, storage)
+    except Exception as error:  # noqa: BLE001 - whatever a compiler raises
+        row = _failed(way, f"{type(error).__name__}: {error}")
+    print(row, flush=True)
+    gc.collect()
+    return row
+
+
+def _row(way: Way, size: Size, store: Store, device: str, peak: float, storage: Path) -> dict[str, Any]:
     if device != "cpu":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     start_s = time.time()
-    lines = trained(way, size, store, device, dropout=0.2)
-    # The first step after a meeting ends when the device has done all before it, so such lines bound whole steps.
-    first, last = lines[WARM_UP], lines[(len(lines) - 1) // MEET_EVERY * MEET_EVERY]
-    steps, seconds = last["step"] - first["step"], last["time"] - first["time"]
-    tokens = sum(line["tokens"] for line in lines[first["step"] + 1 : last["step"] + 1])
+    epochs = -(-size.steps * size.batch_users // (len(store.sequences.offset_U1) - 1))
+    run = replace(run_config(way, size, storage, dropout=0.2), epochs=epochs)
+    lines = trained(run, store, device, meetings=size.steps // size.meet_every)
+    speed = Speed.of(lines, size.meet_every)
     return {
         "way": way.name,
-        "ms_per_step": 1e3 * seconds / steps,
-        "tokens_per_s": tokens / seconds,
-        "share_of_bf16_peak": tokens * flops_per_token(size) / seconds / peak,
+        "ms_per_step": speed.ms_per_step,
+        "tokens_per_s": speed.tokens_per_s,
+        "share_of_bf16_peak": speed.tokens_per_s * flops_per_token(size) / peak,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device != "cpu" else 0.0,
         "first_step_s": lines[0]["time"] - start_s,
         "last_loss": lines[-1]["loss"],
         "failed": "",
     }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speed:
+    """Medians over the stretches between two meetings, after the warm-up."""
+
+    ms_per_step: float
+    tokens_per_s: float
+
+    @classmethod
+    def of(cls, lines: list[dict[str, Any]], meet_every: int) -> "Speed":
+        # The first step after a meeting ends when the device has done all before it, so such lines bound whole steps.
+        bounds = list(range(WARM_UP * meet_every, len(lines), meet_every))
+        stretches = [
+            (lines[end]["time"] - lines[begin]["time"], sum(line["tokens"] for line in lines[begin + 1 : end + 1]))
+            for begin, end in itertools.pairwise(bounds)
+        ]
+        return cls(
+            ms_per_step=1e3 * statistics.median(seconds for seconds, _ in stretches) / meet_every,
+            tokens_per_s=statistics.median(tokens / seconds for seconds, tokens in stretches),
+        )
 
 
 def _failed(way: Way, why: str) -> dict[str, Any]:
@@ -270,7 +355,9 @@ def compare(device: str, folder: Path) -> tuple[list[dict[str, Any]], list[Check
 
 
 def _losses(way: Way, store: Store, device: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.array([line["loss"] for line in trained(way, SMALL, store, device, dropout=0.0)])
+    with tempfile.TemporaryDirectory() as storage:
+        run = run_config(way, SMALL, Path(storage), dropout=0.0)
+        return np.array([line["loss"] for line in trained(run, store, device)])
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def _envelope(theme: str, rows: Sequence[dict[str, Any]], checks: Sequence[Check
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "theme": theme,
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+        "hardware": _hardware(),
         "commit": commit.stdout.strip(),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -67,6 +67,12 @@ def _envelope(theme: str, rows: Sequence[dict[str, Any]], checks: Sequence[Check
         "rows": list(rows),
         "checks": [asdict(check) for check in checks],
     }
+
+
+def _hardware() -> str:
+    host = f"{platform.machine()}, {os.cpu_count()} cores"
+    torch = sys.modules.get("torch")  # a benchmark of a GPU has imported it
+    return f"{torch.cuda.get_device_name()}, {host}" if torch and torch.cuda.is_available() else host
 
 
 def _placeless(word: str) -> str:

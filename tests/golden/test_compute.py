@@ -99,6 +99,45 @@ def test_bfloat16_products_follow_the_curve(store: Store, tmp_path: Path, expect
     assert rounded == pytest.approx(expected, rel=5e-3)
 
 
+@pytest.mark.parametrize("loss", [FullSoftmax(), FullSoftmax(label_smoothing=0.1), FullSoftmax(mask_seen=True)])
+def test_tokens_filled_up_to_a_few_numbers_follow_the_curve(store: Store, tmp_path: Path, loss: FullSoftmax) -> None:
+    """What is filled up belongs to nobody: it is not attended to, and has neither loss nor gradient."""
+    curves = []
+    for name, compute in (("packed", ComputeConfig()), ("filled", ComputeConfig(bucket_tokens=64, ahead=1))):
+        encoder = EncoderConfig(width=16, blocks=1, max_length=8, dropout=0.0, time=TimeGaps(buckets=8))
+        run = RunConfig(
+            storage=tmp_path / name,
+            epochs=2,
+            network=NetworkConfig(encoder=encoder),
+            loss=loss,
+            plan=PlanConfig(batch_users=16, shards=4),
+            validation=ValidationConfig(every_epochs=2),
+            checkpoint=CheckpointConfig(interval_s=1e6),
+            compute=compute,
+        )
+        Loop(run, store, LocalHost(run.folder)).train()
+        curves.append([line["loss"] for line in read(run.folder / STEPS)])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_filled_up_tokens_keep_their_places_on_a_grid() -> None:
+    item_BT = torch.tensor([[0, 0, 3, 4], [0, 0, 0, 0], [5, 6, 7, 8]])
+    place_M = torch.tensor([2, 3, 8, 9, 10, 11, 12, 12])
+    layout = layout_of(item_BT, True, place_M)
+    assert layout.tokens(item_BT).tolist() == [3, 4, 5, 6, 7, 8, 0, 0]
+    assert layout.cells(item_BT).tolist() == [[3, 4, 0, 0], [0, 0, 0, 0], [5, 6, 7, 8]]
+    assert layout.offset_B1 is not None
+    assert layout.offset_B1.tolist() == [0, 2, 2, 6]
+    x_MX = torch.arange(1.0, 17.0).view(8, 2)
+    assert torch.equal(layout.gather(layout.grid(x_MX))[:6], x_MX[:6])
+    assert not layout.gather(layout.grid(x_MX))[6:].any()
+
+
+def test_a_capture_without_a_gpu_is_refused(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"compute\.capture needs a GPU, this worker has 'cpu'"):
+        curve(store, tmp_path, ComputeConfig(capture=True), dropout=0.0)
+
+
 def test_a_graph_without_a_gpu_is_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"compute\.graphs needs a GPU, this worker has 'cpu'"):
         curve(store, tmp_path, ComputeConfig(compile=True, graphs=True), dropout=0.0)
@@ -106,8 +145,11 @@ def test_a_graph_without_a_gpu_is_refused(store: Store, tmp_path: Path) -> None:
 
 def test_the_softmax_for_compilers_is_the_one_in_place() -> None:
     logits_mI, target_m1 = torch.randn(7, 11) * 30, torch.randint(0, 11, (7, 1))
+    target_m1[3] = -1  # left out
     loss, grad_mI = softmax_gradient(logits_mI, target_m1, torch.float32)
     expected, expected_mI = softmax_gradient_in_place(logits_mI.clone(), target_m1, torch.float32)
+    assert not grad_mI[3].any()
+    assert loss == pytest.approx(F.cross_entropy(logits_mI, target_m1[:, 0], reduction="sum", ignore_index=-1).item())
     torch.testing.assert_close((loss, grad_mI), (expected, expected_mI))
 
 

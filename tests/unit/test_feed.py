@@ -61,11 +61,30 @@ def test_a_short_last_step_has_the_rows_of_a_full_one_where_shapes_are_fixed(pla
     assert not padded.batch.history.item_BT[14:].any()
 
 
+def test_tokens_are_filled_up_with_a_place_beyond_all_positions(plan: Plan) -> None:
+    with Feed(plan, Shapes(bucket=64), TOTAL_STEPS) as filled, Feed(plan, Shapes(), TOTAL_STEPS) as plain:
+        for step in range(4):
+            (own,), (expected,) = (feed.take(step, [Cut(0, (0, 1, 2, 3))]) for feed in (filled, plain))
+            place_M = own.batch.history.place_M
+            assert place_M is not None
+            assert len(place_M) == 128  # 65 to 128 tokens
+            assert own.tokens == expected.tokens
+            assert own.batch.target_BT.flatten()[place_M[: own.tokens]].all()
+            assert set(place_M[own.tokens :].tolist()) == {own.batch.target_BT.numel()}
+
+
 def test_what_cannot_be_computed_as_asked_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"set network\.encoder\.packed to false"):
         RunConfig(compute=ComputeConfig(compile=True))
     with pytest.raises(ConfigError, match=r"set compute\.compile too"):
         ComputeConfig(graphs=True)
+    with pytest.raises(ConfigError, match=r"compute\.bucket_tokens to 1024"):
+        RunConfig(compute=ComputeConfig(capture=True))
+    with pytest.raises(ConfigError, match=r"set network\.encoder\.packed to true"):
+        RunConfig(compute=ComputeConfig(bucket_tokens=64), network=NetworkConfig(encoder=EncoderConfig(packed=False)))
+    with pytest.raises(ConfigError, match=r"leave compute\.graphs out"):
+        ComputeConfig(compile=True, graphs=True, capture=True)
+    RunConfig(compute=ComputeConfig(compile=True, bucket_tokens=64))
     with pytest.raises(ConfigError, match="ahead -1 must be at least 0"):
         ComputeConfig(ahead=-1)
     RunConfig(

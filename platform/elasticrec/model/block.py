@@ -24,7 +24,8 @@ class BlockConfig:
     heads: int = 2
     expansion: float = 2.0  # F / D
     residual_gates: bool = False  # LiGR sigmoid gates on both residuals (arXiv 2502.03417)
-    attention: Literal["sdpa", "flex"] = "sdpa"  # flex: FlexAttention on a GPU; elsewhere sdpa computes the same
+    # On a GPU FlexAttention, or kernels of our own for tokens without padding; elsewhere sdpa computes the same.
+    attention: Literal["sdpa", "flex", "jagged"] = "sdpa"
     head_width: int | None = None  # H, where pruning left fewer heads than D / H
     hidden: int | None = None  # F, in place of expansion, where pruning left fewer channels
 
@@ -72,7 +73,7 @@ class GatedAttention(nn.Module):
     def __init__(self, config: BlockConfig, width: int, max_length: int, time: TimeGaps | None = None) -> None:
         super().__init__()
         self.heads, self.inner = config.heads, config.heads * config.head_size(width)
-        self.flex = config.attention == "flex"
+        self.way = config.attention
         self.project = nn.Linear(width, 4 * self.inner, bias=False)
         self.norm = nn.LayerNorm(self.inner)
         self.out = nn.Linear(self.inner, width, bias=False)
@@ -80,8 +81,10 @@ class GatedAttention(nn.Module):
 
     def forward(self, x_MD: Tensor, scene: Scene) -> Tensor:
         qkv_M3A, u_MA = self.project(x_MD).split([3 * self.inner, self.inner], dim=-1)
-        q_BNLH, k_BNLH, v_BNLH = split_heads(scene.layout.grid(qkv_M3A), self.heads, 3)
-        a_MA = scene.layout.gather(merge_heads(self._attend(q_BNLH, k_BNLH, v_BNLH, scene)))
+        a_MA = self._jagged(qkv_M3A, scene)
+        if a_MA is None:
+            q_BNLH, k_BNLH, v_BNLH = split_heads(scene.layout.grid(qkv_M3A), self.heads, 3)
+            a_MA = scene.layout.gather(merge_heads(self._attend(q_BNLH, k_BNLH, v_BNLH, scene)))
         return self.out(self.norm(a_MA) * F.silu(u_MA))  # type: ignore[no-any-return]
 
     def newest(self, x_MD: Tensor, scene: Scene) -> Tensor:
@@ -102,8 +105,18 @@ class GatedAttention(nn.Module):
         a_BN1H = F.scaled_dot_product_attention(q_BN1H, k_BNLH, v_BNLH, attn_mask=self.bias.newest(scene))
         return self.out(self.norm(merge_heads(a_BN1H)[:, 0]) * F.silu(u_BA))  # type: ignore[no-any-return]
 
+    def _jagged(self, qkv_M3A: Tensor, scene: Scene) -> Tensor | None:
+        """Attention on the tokens themselves, where the kernels can do it."""
+        offset_B1 = scene.layout.offset_B1
+        if self.way != "jagged" or not qkv_M3A.is_cuda or offset_B1 is None or scene.bucket_BLL is not None:
+            return None
+        from elasticrec.model.jagged import jagged_attention  # late: no Triton where there is no GPU
+
+        assert self.bias.weight_NT is not None, "a gated block has a bias by distance"
+        return jagged_attention(qkv_M3A, self.bias.weight_NT, offset_B1, scene.length)
+
     def _attend(self, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, scene: Scene) -> Tensor:
-        if not (self.flex and q_BNLH.is_cuda):
+        if not (self.way == "flex" and q_BNLH.is_cuda):
             return F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH, attn_mask=self.bias.masked(scene))
         from elasticrec.model.flex import flex_attention  # late: it imports torch's compiler
 

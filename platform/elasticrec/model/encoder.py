@@ -100,6 +100,8 @@ class Encoder(nn.Module):
     def forward(self, history: History) -> Tensor:
         """A history of at most max_length positions. Returns float (B, T, D); what stands at padding means nothing.
 
+        Of a history that names the places of its events, (1, M, D): those alone.
+
         Raises:
             ConfigError: the history lacks what the network reads.
         """
@@ -129,7 +131,7 @@ class Encoder(nn.Module):
         return block(x_MD, scene)  # type: ignore[no-any-return]
 
     def _scene(self, history: History) -> Scene:
-        layout = layout_of(history.item_BT, self.config.packed)
+        layout = layout_of(history.item_BT, self.config.packed, history.place_M)
         if self.config.time is None:
             return Scene(layout)
         time_BT, request_BT = _read(history.time_BT, "time"), _read(history.request_BT, "time")

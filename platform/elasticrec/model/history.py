@@ -24,6 +24,7 @@ class History(NamedTuple):
     request_BT: Tensor | None = None  # int64, seconds since the epoch when the item after each position is asked for
     rating_BT: Tensor | None = None  # float32; NaN is unknown
     event_BT: Tensor | None = None  # int16, place of the event type in the store's event_types; -1 is unknown
+    place_M: Tensor | None = None  # int64, of all events among the B * T positions; filled up with B * T
 
     @classmethod
     def of(cls, past: "Past | Windows") -> "History":
@@ -34,7 +35,8 @@ class History(NamedTuple):
 
     def past(self) -> Past:
         """The same as arrays of the host, without a copy where they lie there already."""
-        return Past(*(None if part is None else part.cpu().numpy() for part in self))  # type: ignore[arg-type]
+        columns = self[:-1]  # without the places, which are known from the items
+        return Past(*(None if part is None else part.cpu().numpy() for part in columns))  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> "History":
         """The same on another device."""
@@ -43,7 +45,7 @@ class History(NamedTuple):
     def take(self, row: npt.NDArray[Any] | slice) -> "History":
         """The history of some of the users."""
         pick = row if isinstance(row, slice) else torch.from_numpy(row)
-        return self._each(lambda part: part[pick])
+        return self._replace(place_M=None)._each(lambda part: part[pick])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "History":
         return History(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]

@@ -27,6 +27,11 @@ class Layout:
         """Where the causal mask is not enough: true at positions that no token may see."""
         return None
 
+    @property
+    def offset_B1(self) -> Tensor | None:
+        """int64: where the tokens of each user begin, and where the last one's end; none where padding is a token."""
+        return None
+
     def tokens(self, x_BT: Tensor) -> Tensor:
         """(B, T) as (M,): what is known of each token."""
         return x_BT.reshape(-1)
@@ -79,7 +84,7 @@ class Packed(Layout):
         super().__init__(item_BT)
         filled_BT = item_BT != PAD
         self._source_M = filled_BT.view(-1).nonzero().squeeze(1)  # places in (B, T)
-        length_B = filled_BT.sum(dim=1)
+        self._length_B = length_B = filled_BT.sum(dim=1)
         self.length = max(1, int(length_B.max())) if self.batch else 1
         row_M = self._source_M // self.columns
         shift_B = torch.arange(self.batch, device=item_BT.device) * self.length - (
@@ -87,6 +92,10 @@ class Packed(Layout):
         )
         self._place_M = self._source_M + shift_B[row_M]  # places in (B, L)
         self._length_B = length_B
+
+    @property
+    def offset_B1(self) -> Tensor | None:
+        return torch.nn.functional.pad(self._length_B.cumsum(dim=0), (1, 0))
 
     def tokens(self, x_BT: Tensor) -> Tensor:
         return x_BT.reshape(-1)[self._source_M]
@@ -121,8 +130,55 @@ class Packed(Layout):
         return flat_X.view(self.batch, length, -1)  # type: ignore[no-any-return]
 
 
-def layout_of(item_BT: Tensor, packed: bool) -> Layout:
-    """The cheapest layout of a batch; counting its padding waits for the device, which a static one does not."""
+class Jagged(Layout):
+    """Tokens without padding whose places the host has counted and filled up to one of a few numbers of tokens.
+
+    Shapes depend on B, T and M alone. Tokens beyond the last user's are items of padding and belong to nobody; what is
+    computed of them stays finite and means nothing. `restore` leaves the tokens as they are: (1, M, D).
+    """
+
+    def __init__(self, item_BT: Tensor, place_M: Tensor) -> None:
+        super().__init__(item_BT)
+        self._source_M = place_M
+        self._length_B = (item_BT != PAD).sum(dim=1)
+
+    @property
+    def offset_B1(self) -> Tensor | None:
+        return torch.nn.functional.pad(self._length_B.cumsum(dim=0), (1, 0))
+
+    def tokens(self, x_BT: Tensor) -> Tensor:
+        return torch.cat([x_BT.reshape(-1), x_BT.new_zeros(1)])[self._source_M]
+
+    def cells(self, x_BT: Tensor) -> Tensor:
+        x_X = x_BT.new_zeros(self.batch * self.length + 1)
+        x_X[self._place_M()] = self.tokens(x_BT)
+        return x_X[:-1].view(self.batch, self.length)
+
+    def grid(self, x_MX: Tensor) -> Tensor:
+        flat_X: Tensor = _Spread.apply(x_MX, self._place_M(), self.batch * self.length + 1)  # type: ignore[no-untyped-call]
+        return flat_X[:-1].view(self.batch, self.length, -1)
+
+    def gather(self, x_BLX: Tensor) -> Tensor:
+        flat_X = torch.nn.functional.pad(x_BLX.reshape(self.batch * self.length, -1), (0, 0, 0, 1))
+        return flat_X.index_select(0, self._place_M())
+
+    def add_positions(self, x_MD: Tensor, position_TD: Tensor) -> Tensor:
+        column_M = self._source_M % self.columns + (len(position_TD) - self.columns)
+        return x_MD + torch.nn.functional.embedding(column_M, position_TD)
+
+    def restore(self, x_MD: Tensor) -> Tensor:
+        return x_MD.unsqueeze(0)
+
+    def _place_M(self) -> Tensor:
+        """Places in (B, L), histories left-aligned; all tokens of nobody share the one beyond."""
+        shift_B1 = torch.nn.functional.pad(self._length_B - self.columns, (0, 1))
+        return self._source_M + shift_B1[self._source_M // self.columns]
+
+
+def layout_of(item_BT: Tensor, packed: bool, place_M: Tensor | None = None) -> Layout:
+    """The cheapest layout of a batch; counting its padding waits for the device, which others do not."""
+    if place_M is not None:
+        return Jagged(item_BT, place_M)
     if not packed:
         return Static(item_BT)
     return Packed(item_BT) if bool((item_BT == PAD).any()) else Layout(item_BT)

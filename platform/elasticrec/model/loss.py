@@ -20,7 +20,8 @@ from elasticrec.model.network import Network
 
 # Logits that are held at a time. On a CPU they should stay in the cache: 1 MB measured fastest of 0.5 to 4 MB.
 MIN_CHUNK = 128  # tokens: fewer make thin matrix products, which cost more than leaving the cache
-CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**29}
+ALIGNMENT = {"cpu": 1, "cuda": 64}  # rows of logits start where a GPU reads 16 bytes at once
 
 
 SoftmaxGradient = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
@@ -57,7 +58,13 @@ class Batch(NamedTuple):
     place_M: Tensor | None = None  # where targets are among the B * T positions, if the host has counted them
 
     def answers(self, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden vectors (M, D) and targets (M,) of positions that have one. Without `place_M` a GPU is waited for."""
+        """Hidden vectors (M, D) and targets (M,) of positions that have one. Without `place_M` a GPU is waited for.
+
+        Of a history that names the places of its events, all tokens; 0 is the target of those that belong to nobody.
+        """
+        if self.history.place_M is not None:
+            target_X = torch.cat([self.target_BT.flatten(), self.target_BT.new_zeros(1)])
+            return h_BTD.flatten(0, 1), target_X[self.history.place_M].long()
         if self.place_M is None:
             answered_BT = self.target_BT != PAD
             return h_BTD[answered_BT], self.target_BT[answered_BT].long()
@@ -67,6 +74,8 @@ class Batch(NamedTuple):
     def seen(self) -> Seen:
         """What users had when each answer was asked for, in the order of `answers`."""
         place_M = (self.target_BT != PAD).flatten().nonzero().squeeze(1) if self.place_M is None else self.place_M
+        if self.history.place_M is not None:  # tokens of nobody have no loss, whatever they have seen
+            place_M = self.history.place_M.clamp(max=self.target_BT.numel() - 1)
         return Seen(self.history.item_BT, place_M)
 
 
@@ -149,7 +158,9 @@ def _(config: FullSoftmax, network: Network, h_BTD: Tensor, batch: Batch) -> Ten
     seen = batch.seen() if config.mask_seen else None
     loss = summed_cross_entropy(query_MD, key_ID, target_M, fused=config.fused, seen=seen)
     if config.label_smoothing:
-        target_MD = F.embedding(target_M, key_ID)
+        target_MD = F.embedding(target_M.clamp(min=0), key_ID)
+        if batch.history.place_M is not None:
+            query_MD = query_MD * (target_M >= 0).unsqueeze(1)
         loss = loss + config.label_smoothing * smoothing(query_MD, target_MD, key_ID.mean(dim=0))
     return loss
 
@@ -164,19 +175,21 @@ def summed_cross_entropy(
 ) -> Tensor:
     """`cross_entropy(query @ item.T, target, reduction="sum")` without ever holding all (M, I) logits.
 
+    Rows with target -1 are left out.
     What a token has seen, but for its target, does not enter the sum of its exponentials; items of `seen` count from 1.
 
     On the CPU about 2.6 times as fast as the two separate operations (6,400 tokens, 1,682 items, one thread). Within
     autocast the products take its type; logits, softmax and sums stay float32.
     """
-    softmax = compiled_softmax_gradient() if fused else softmax_gradient_in_place
+    softmax = fused_softmax_gradient(query_MD.device, len(item_ID)) if fused else softmax_gradient_in_place
     loss: Tensor = _ChunkedCrossEntropy.apply(query_MD, item_ID, target_M, softmax, seen)  # type: ignore[no-untyped-call]
     return loss
 
 
 def chunk_tokens(device: torch.device, logits: int) -> int:
     """Tokens whose logits are held at a time, so many of each."""
-    return max(MIN_CHUNK, CHUNK_BYTES[device.type] // (4 * logits))
+    tokens = max(MIN_CHUNK, CHUNK_BYTES[device.type] // (4 * logits))
+    return tokens if device.type == "cpu" else tokens // MIN_CHUNK * MIN_CHUNK
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -190,22 +203,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         products = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query_MD.dtype
         query_grad_MD, item_grad_ID = torch.empty_like(query_MD), torch.zeros_like(item_ID)
         loss = torch.zeros((), dtype=torch.float64, device=device)
-        size = chunk_tokens(device, len(item_ID))
+        items, missing = len(item_ID), -len(item_ID) % ALIGNMENT[device.type]
+        size = chunk_tokens(device, items)
         with torch.autocast(device.type, enabled=False):
             query_MD, item_ID = query_MD.to(products), item_ID.to(products)
+            if missing:
+                item_ID = F.pad(item_ID, (0, 0, 0, missing))
             for begin in range(0, len(query_MD), size):
                 pick = slice(begin, begin + size)
                 query_mD, target_m1 = query_MD[pick], target_M[pick, None]
                 logits_mI = _product(query_mD, item_ID.t())
+                logits_mI[:, items:] = float("-inf")
                 if seen is not None:
-                    mask(logits_mI, target_m1, seen.of(pick) - 1)
+                    mask(logits_mI, target_m1, (seen.of(pick) - 1).clamp_(min=0))  # 0: tokens of nobody
                 loss_chunk, grad_mI = softmax(logits_mI, target_m1, products)
                 loss += loss_chunk
                 query_grad_MD[pick] = _product(grad_mI, item_ID)
                 if products == item_grad_ID.dtype:
-                    item_grad_ID.addmm_(grad_mI.t(), query_mD)
+                    item_grad_ID.addmm_(grad_mI[:, :items].t(), query_mD)
                 else:
-                    item_grad_ID += _product(grad_mI.t(), query_mD)
+                    item_grad_ID += _product(grad_mI[:, :items].t(), query_mD)
         ctx.save_for_backward(query_grad_MD, item_grad_ID)
         return loss.to(query_grad_MD.dtype)
 
@@ -217,6 +234,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def mask(logits_mI: Tensor, target_m1: Tensor, seen_mT: Tensor) -> None:
     """Takes what has been seen out of the softmax, in place; the target stays."""
+    target_m1 = target_m1.clamp(min=0)
     picked_m1 = logits_mI.gather(1, target_m1)
     logits_mI.scatter_(1, seen_mT, float("-inf")).scatter_(1, target_m1, picked_m1)
 
@@ -238,14 +256,24 @@ def multiplies_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def add_product(start: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """start + one @ other, in the type of `start`; the second factor is taken in that of the narrower one."""
+    if start.dtype == one.dtype == other.dtype:
+        return torch.addmm(start, one, other)
+    narrow = one.dtype if one.dtype != start.dtype else other.dtype
+    return _product(one.to(narrow), other.to(narrow)).add_(start)
+
+
 def softmax_gradient_in_place(logits_mI: Tensor, target_m1: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy and its gradient by the logits: (m, I) as products take it, in the place of the logits."""
+    left_out_m1, target_m1 = target_m1 < 0, target_m1.clamp(min=0)
     peak_m1, picked_m1 = logits_mI.amax(dim=1, keepdim=True), logits_mI.gather(1, target_m1)
     logits_mI.sub_(peak_m1).exp_()
     total_m1 = logits_mI.sum(dim=1, keepdim=True)
-    loss = (total_m1.log() + peak_m1 - picked_m1).sum()
-    grad_mI = logits_mI.div_(total_m1)  # softmax; minus one at the target it is the gradient
-    return loss, grad_mI.scatter_add_(1, target_m1, torch.full_like(picked_m1, -1.0)).to(products)
+    loss = (total_m1.log() + peak_m1 - picked_m1).masked_fill_(left_out_m1, 0.0).sum()
+    # softmax; minus one at the target it is the gradient
+    grad_mI = logits_mI.div_(total_m1.masked_fill_(left_out_m1, float("inf")))
+    return loss, grad_mI.scatter_add_(1, target_m1, left_out_m1.to(picked_m1.dtype) - 1.0).to(products)
 
 
 def softmax_gradient(logits_mI: Tensor, target_m1: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -255,8 +283,19 @@ def softmax_gradient(logits_mI: Tensor, target_m1: Tensor, products: torch.dtype
     power_mI = (logits_mI - peak_m1).exp()
     total_m1 = power_mI.sum(dim=1, keepdim=True)
     picked_m1 = torch.where(hit_mI, logits_mI, 0.0).sum(dim=1, keepdim=True)
-    grad_mI = power_mI / total_m1 - hit_mI.to(logits_mI.dtype)
-    return (total_m1.log() + peak_m1 - picked_m1).sum(), grad_mI.to(products)
+    left_out_m1 = target_m1 < 0
+    grad_mI = power_mI / torch.where(left_out_m1, float("inf"), total_m1) - hit_mI.to(logits_mI.dtype)
+    return torch.where(left_out_m1, 0.0, total_m1.log() + peak_m1 - picked_m1).sum(), grad_mI.to(products)
+
+
+def fused_softmax_gradient(device: torch.device, n_items: int) -> SoftmaxGradient:
+    """The fastest one: on a GPU a kernel that reads each row once, while registers hold a row."""
+    if device.type == "cuda":
+        from elasticrec.model import softmax_triton  # late: no Triton where there is no GPU
+
+        if n_items <= softmax_triton.MOST_ITEMS:
+            return softmax_triton.softmax_gradient
+    return compiled_softmax_gradient()
 
 
 @functools.cache

@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elasticrec.errors import ConfigError
-from elasticrec.model.loss import Batch, FullSoftmax, Seen, check_smoothing, chunk_tokens, smoothing, summed_loss
+from elasticrec.model.loss import (
+    Batch,
+    FullSoftmax,
+    Seen,
+    add_product,
+    check_smoothing,
+    chunk_tokens,
+    smoothing,
+    summed_loss,
+)
 from elasticrec.model.network import Network
 
 LARGEST_FULL = 100_000  # items; beyond, logits over the whole catalogue cost more than all the rest of a step
@@ -154,23 +163,27 @@ class _ChunkedSampledCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         query_grad_MD, target_grad_MD = torch.empty_like(query_MD), torch.empty_like(target_MD)
         negative_grad_KD = torch.zeros_like(negative_KD)
-        loss = torch.zeros((), dtype=torch.float64, device=query_MD.device)
-        size = chunk_tokens(query_MD.device, len(negative_KD))
-        for begin in range(0, len(query_MD), size):
-            pick = slice(begin, begin + size)
-            query_mD, target_mD = query_MD[pick], target_MD[pick]
-            logits_mK = torch.addmm(log_weight_K, query_mD, negative_KD.t())
-            logits_mK[masked.of(pick)] = float("-inf")
-            target_m1 = (query_mD * target_mD).sum(dim=1, keepdim=True)
-            peak_m1 = torch.maximum(logits_mK.amax(dim=1, keepdim=True), target_m1)
-            logits_mK.sub_(peak_m1).exp_()
-            own_m1 = (target_m1 - peak_m1).exp_()
-            total_m1 = logits_mK.sum(dim=1, keepdim=True) + own_m1
-            loss += (total_m1.log() + peak_m1 - target_m1).sum()
-            grad_mK, own_grad_m1 = logits_mK.div_(total_m1), own_m1 / total_m1 - 1
-            query_grad_MD[pick] = (own_grad_m1 * target_mD).addmm_(grad_mK, negative_KD)
-            target_grad_MD[pick] = own_grad_m1 * query_mD
-            negative_grad_KD.addmm_(grad_mK.t(), query_mD)
+        device = query_MD.device
+        products = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query_MD.dtype
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        size = chunk_tokens(device, len(negative_KD))
+        with torch.autocast(device.type, enabled=False):
+            factor_KD = negative_KD.to(products)
+            for begin in range(0, len(query_MD), size):
+                pick = slice(begin, begin + size)
+                query_mD, target_mD = query_MD[pick], target_MD[pick]
+                logits_mK = add_product(log_weight_K, query_mD, factor_KD.t())
+                logits_mK[masked.of(pick)] = float("-inf")
+                target_m1 = (query_mD * target_mD).sum(dim=1, keepdim=True)
+                peak_m1 = torch.maximum(logits_mK.amax(dim=1, keepdim=True), target_m1)
+                logits_mK.sub_(peak_m1).exp_()
+                own_m1 = (target_m1 - peak_m1).exp_()
+                total_m1 = logits_mK.sum(dim=1, keepdim=True) + own_m1
+                loss += (total_m1.log() + peak_m1 - target_m1).sum()
+                grad_mK, own_grad_m1 = logits_mK.div_(total_m1).to(products), own_m1 / total_m1 - 1
+                query_grad_MD[pick] = add_product(own_grad_m1 * target_mD, grad_mK, factor_KD)
+                target_grad_MD[pick] = own_grad_m1 * query_mD
+                negative_grad_KD = add_product(negative_grad_KD, grad_mK.t(), query_mD)
         ctx.save_for_backward(query_grad_MD, target_grad_MD, negative_grad_KD)
         return loss.to(query_MD.dtype)
 

@@ -1,15 +1,21 @@
 """How a step is computed: a config in, a loss whose forward pass is cast, compiled, captured or computed again out."""
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from elasticrec.errors import ConfigError
 from elasticrec.model.encoder import Encoder
-from elasticrec.model.loss import SummedLoss
+from elasticrec.model.history import History
+from elasticrec.model.loss import FullSoftmax, SummedLoss
 from elasticrec.model.network import Network, NetworkConfig
+from elasticrec.training.captured import CapturedLink
 from elasticrec.training.feed import Shapes
+from elasticrec.training.sync.all_reduce import AllReduceLink
+from elasticrec.training.sync.protocol import Link
 
 PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -21,6 +27,8 @@ class ComputeConfig:
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights, sums and loss stay float32
     compile: bool = False  # torch.compile of the network, for fixed shapes
     graphs: bool = False  # a CUDA graph of the compiled network: no launches to wait for
+    capture: bool = False  # forward and backward pass as a CUDA graph for each number of tokens; one worker alone
+    bucket_tokens: int = 0  # without padding, tokens of a piece are filled up to a multiple of it: shapes come again
     recompute: bool = False  # activations of blocks are computed again in the backward pass instead of kept
     ahead: int = 0  # steps whose batches a background thread makes before they are needed
 
@@ -29,25 +37,37 @@ class ComputeConfig:
             raise ConfigError(f"compute.ahead {self.ahead} must be at least 0")
         if self.graphs and not self.compile:
             raise ConfigError("compute.graphs captures the compiled network; set compute.compile too")
+        if self.bucket_tokens < 0:
+            raise ConfigError(f"compute.bucket_tokens {self.bucket_tokens} must be at least 0")
+        if self.graphs and self.capture:
+            raise ConfigError("compute.capture has the network in its graph; leave compute.graphs out")
 
 
 def check_compute(config: ComputeConfig, network: NetworkConfig) -> None:
     """Raises ConfigError where a network cannot be computed as asked."""
-    if config.compile and getattr(network.encoder, "packed", False):
-        raise ConfigError(
-            "compute.compile needs shapes that do not depend on the data; set network.encoder.packed to false"
-        )
+    packed = getattr(network.encoder, "packed", False)
+    for name in ("compile", "capture"):
+        if getattr(config, name) and packed and not config.bucket_tokens:
+            raise ConfigError(
+                f"compute.{name} needs shapes that do not depend on the data; set network.encoder.packed to false, or "
+                "compute.bucket_tokens to 1024"
+            )
+    if config.bucket_tokens and not packed:
+        raise ConfigError("compute.bucket_tokens is for tokens without padding; set network.encoder.packed to true")
 
 
 def check_device(config: ComputeConfig, device: torch.device) -> None:
     """Raises ConfigError where a device cannot do what is asked."""
-    if config.graphs and device.type != "cuda":
-        raise ConfigError(f"compute.graphs needs a GPU, this worker has '{device}'; leave it out")
+    for name in ("graphs", "capture"):
+        if getattr(config, name) and device.type != "cuda":
+            raise ConfigError(f"compute.{name} needs a GPU, this worker has '{device}'; leave it out")
 
 
 def shapes(config: ComputeConfig, device: torch.device) -> Shapes:
     """How batches have to be laid out."""
-    return Shapes(device=device, fixed=config.compile, ahead=config.ahead)
+    return Shapes(
+        device=device, fixed=config.compile or config.capture, ahead=config.ahead, bucket=config.bucket_tokens
+    )
 
 
 def apply(config: ComputeConfig, loss: SummedLoss, device: torch.device) -> None:
@@ -56,6 +76,8 @@ def apply(config: ComputeConfig, loss: SummedLoss, device: torch.device) -> None
     Only training goes the compiled way: `network.scores` stays as it is, for batches of any size.
     """
     check_device(config, device)
+    if config.bucket_tokens and (type(loss) is not SummedLoss or not isinstance(loss.config, FullSoftmax)):
+        raise ConfigError("compute.bucket_tokens is known to loss.kind full_softmax alone; leave it out")
     loss.products = PRODUCTS[config.precision]
     if device.type == "cuda" and config.precision != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -72,4 +94,31 @@ def compile_network(loss: SummedLoss, network: Network, config: ComputeConfig) -
     Averaged weights are worn outside of training only, so a captured graph finds its parameters where they were.
     """
     mode = "reduce-overhead" if config.graphs else None
-    loss.hidden = torch.compile(network.forward, dynamic=False, mode=mode)
+    if not config.bucket_tokens:
+        loss.hidden = torch.compile(network.forward, dynamic=False, mode=mode)
+        return
+    compiled = torch.compile(network.forward, mode=mode)
+
+    @functools.wraps(network.forward)
+    def hidden(history: History) -> Tensor:
+        torch._dynamo.maybe_mark_dynamic(history.place_M, 0)  # one compilation for all numbers of tokens
+        found: Tensor = compiled(history)
+        return found
+
+    loss.hidden = hidden
+
+
+def capture(config: ComputeConfig, link: Link, loss: SummedLoss, world: int) -> Link:
+    """The link, or one that replays what this records.
+
+    Raises:
+        ConfigError: workers would have to meet within the graph.
+    """
+    if not config.capture:
+        return link
+    if world > 1 or not isinstance(link, AllReduceLink) or loss.step_rows() is not None:
+        raise ConfigError(
+            "compute.capture is for one worker, sync.kind all_reduce and no elastic.exact; leave it out or set "
+            "elastic.max_workers to 1"
+        )
+    return CapturedLink(link, loss)

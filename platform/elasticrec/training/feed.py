@@ -47,6 +47,7 @@ class Shapes:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     fixed: bool = False  # rows of padding make every piece of a step as large as the largest
     ahead: int = 0  # steps made before they are asked for
+    bucket: int = 0  # tokens of a piece are filled up to a multiple of it
 
 
 class Feed:
@@ -88,11 +89,13 @@ class Feed:
             windows = windows.padding()
         place_M = np.flatnonzero(windows.target_BT != PAD)
         history, target_BT = History.of(windows), torch.from_numpy(windows.target_BT)
-        if self._shapes.fixed:
+        if self._shapes.fixed or self._shapes.bucket:
             rows = len(cut.shards) * self._plan.config.batch_users // self._plan.config.shards
             history, target_BT = padded(history, target_BT, rows)
+        if self._shapes.bucket:
+            history = history._replace(place_M=filled(place_M, target_BT.numel(), self._shapes.bucket))
         on_gpu = self._shapes.device.type == "cuda"
-        place = self._there(torch.from_numpy(place_M)) if on_gpu else None
+        place = self._there(torch.from_numpy(place_M)) if on_gpu and not self._shapes.bucket else None
         batch = Batch(history=_each(history, self._there), target_BT=self._there(target_BT), place_M=place)
         return Piece(key=cut.key, users_B=users_B, batch=batch, tokens=len(place_M))
 
@@ -101,6 +104,12 @@ class Feed:
         if self._shapes.device.type != "cuda":
             return tensor.to(self._shapes.device)
         return tensor.pin_memory().to(self._shapes.device, non_blocking=True)
+
+
+def filled(place_M: Int64, beyond: int, bucket: int) -> Tensor:
+    """Places of tokens, filled up with one beyond all positions to a multiple of `bucket`; at least one of those."""
+    missing = max(bucket, -(-len(place_M) // bucket) * bucket) - len(place_M)
+    return torch.from_numpy(np.concatenate([place_M, np.full(missing, beyond)]))
 
 
 def padded(history: History, target_BT: Tensor, rows: int) -> tuple[History, Tensor]:

@@ -120,7 +120,8 @@ class Loop:
             Preempted: a worker's node is about to leave; the last step is in a checkpoint.
         """
         last_save_s = time.monotonic()
-        with self._journal() as journal, self.feed, self.sync.attach(self.loss, self.optimizer) as link:
+        with self._journal() as journal, self.feed, self.sync.attach(self.loss, self.optimizer) as attached:
+            link = compute.capture(self.run.compute, attached, self.loss, self.host.world)
             link.load_state(self._link_state)
             pending = _Pending()
             while self.step < self.total_steps and self.best.stale < self.run.validation.patience:

@@ -1,0 +1,111 @@
+"""A training step on a GPU under Ray Train against a bare loop of the same passes without Ray: ms a step, tokens/s.
+
+The bare loop is what one would write: batches made ahead, the captured pass, optimizer, averaged weights; no counts,
+no journal, no checkpoint. Both wait for the device every 32 steps. They take turns. Needs Ray; `--quick` makes it tiny.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_scale import best_on
+from benchmarks.gpu_training import FULL, TINY, Speed, make_store, run_config
+from benchmarks.result import Check, publish
+from elasticrec.cli.connection import connected
+from elasticrec.data.plan import Plan
+from elasticrec.data.sequences import Store, open_store
+from elasticrec.data.split import split
+from elasticrec.model.loss import SummedLoss
+from elasticrec.model.network import Network
+from elasticrec.training import compute
+from elasticrec.training.feed import Cut, Feed
+from elasticrec.training.journal import STEPS, read
+from elasticrec.training.optimizer import AveragedWeights, learning_rate, make_optimizer
+from elasticrec.training.run import ElasticConfig, RunConfig
+from elasticrec.training.sync.all_reduce import AllReduce
+from elasticrec.training.sync.protocol import Tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    chosen = parser.parse_args()
+    size = TINY if chosen.quick else FULL
+    rounds = 1 if chosen.quick else chosen.rounds
+    speeds: dict[str, list[Speed]] = {"bare loop": [], "Ray Train": []}
+    with tempfile.TemporaryDirectory() as folder, connected(train_slots=1):
+        path = Path(folder) / "store"
+        make_store(path, size, size.steps * size.batch_users)
+        run = run_config(best_on(chosen.device), size, Path(folder) / "runs", dropout=0.2)
+        elastic = ElasticConfig(max_workers=1, gpus_per_worker=0.0 if chosen.device == "cpu" else 1.0)
+        for turn in range(rounds):
+            own = replace(run, name=str(turn), data=path, elastic=elastic)
+            speeds["bare loop"].append(Speed.of(bare(own, open_store(path), chosen.device), size.meet_every))
+            speeds["Ray Train"].append(Speed.of(under_ray(own), size.meet_every))
+            tell(speeds, chosen.json)
+
+
+def tell(speeds: dict[str, list[Speed]], file: Path | None) -> None:
+    """What is known after a round."""
+    rows = [
+        {
+            "loop": name,
+            "ms_per_step": statistics.median(speed.ms_per_step for speed in of_loop),
+            "tokens_per_s": statistics.median(speed.tokens_per_s for speed in of_loop),
+            "rounds": len(of_loop),
+        }
+        for name, of_loop in speeds.items()
+    ]
+    bare_speed, ray_speed = (statistics.median(speed.tokens_per_s for speed in of_loop) for of_loop in speeds.values())
+    slower = 100 * (bare_speed / ray_speed - 1)
+    name = "Ray Train against the bare loop: slower by"
+    publish("gpu_ray", rows, [Check(name=name, value=slower, target=2.0, unit="%", holds=slower <= 2)], file)
+
+
+def under_ray(run: RunConfig) -> list[dict[str, Any]]:
+    """The journal's lines of a run that Ray Train starts."""
+    from elasticrec.training.driver import fit
+
+    fit(run)
+    return read(run.folder / STEPS)
+
+
+def bare(run: RunConfig, store: Store, device: str) -> list[dict[str, Any]]:
+    """When each step ended, and its tokens; in the form of the journal."""
+    torch.compiler.reset()
+    encoder, place = run.network.encoder, torch.device(device)
+    plan = Plan(run.plan, store.sequences, split(run.split, store.sequences), encoder.max_length, encoder.inputs)
+    torch.manual_seed(run.plan.seed)
+    network = Network(run.network, store.n_items).to(place)
+    loss = SummedLoss(network, run.loss)
+    compute.apply(run.compute, loss, place)
+    optimizer, averaged = make_optimizer(run.optimizer, network), AveragedWeights(network, run.optimizer.ema_decay)
+    cuts, lines = [Cut(0, tuple(range(run.plan.shards)))], []
+    assert isinstance(run.sync, AllReduce)
+    feed = Feed(plan, compute.shapes(run.compute, place), plan.steps_per_epoch)
+    with feed, run.sync.attach(loss, optimizer) as attached:
+        link = compute.capture(run.compute, attached, loss, 1)
+        for step in range(plan.steps_per_epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(run.optimizer, step, plan.steps_per_epoch)
+            (piece,) = feed.take(step, cuts)
+            told = link.accumulate(piece.batch, Tokens(step=piece.tokens, worker=piece.tokens), last=True)
+            link.step()
+            averaged.update(network, step)
+            lines.append({"tokens": piece.tokens, "time": time.time()})
+            if (step + 1) % run.sync.meet_every == 0:
+                told.item()
+    return lines
+
+
+if __name__ == "__main__":
+    main()
