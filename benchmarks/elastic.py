@@ -55,7 +55,7 @@ RAYS_OWN_PATH = """
 import sys
 from ray.train.torch import TorchTrainer
 from elasticrec.training import driver
-driver.PromptTrainer = lambda *arguments, early, **options: TorchTrainer(*arguments, **options)
+driver.PromptTrainer = TorchTrainer
 driver.TRAIN_ENVIRONMENT.clear()
 driver.spares.ENVIRONMENT.clear()
 from elasticrec.cli.main import main

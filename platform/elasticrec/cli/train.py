@@ -50,14 +50,10 @@ def train(prog: str, arguments: Sequence[str]) -> None:
 
 def train_here(run: RunConfig) -> Bundle:
     """Trains on the cluster this process is connected to."""
-    from elasticrec.training import spares
-
-    folder = run.storage.resolve() / run.name
-    early = spares.start_remembered(folder, run.elastic.worker_resources, run.elastic.max_workers)
-    from elasticrec.training.driver import fit  # takes seconds, in which the spares start
+    from elasticrec.training.driver import fit
     from elasticrec.training.outcome import write_outcome
 
     with following(run):
-        trained = fit(run, early)
+        trained = fit(run)
     with working("measuring the best epoch on the whole catalogue") as advance:
         return write_outcome(trained, command=shlex.join(sys.argv), advance=advance)

@@ -23,10 +23,11 @@ from elasticrec.training import reservation, spares
 from elasticrec.training.checkpoint import Position, newest_valid, newest_whole, read_position
 from elasticrec.training.host import LocalHost
 from elasticrec.training.loop import digest
-from elasticrec.training.run import TRAIN_SLOT, RunConfig
+from elasticrec.training.run import RunConfig
 from elasticrec.training.scaling import PromptTrainer
 from elasticrec.training.worker import train_worker
 
+TRAIN_SLOT = "train_slot"  # a node offers as many as workers may train on it (docs/training.md)
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 
@@ -51,11 +52,8 @@ class Trained:
     position: Position
 
 
-def fit(run: RunConfig, early: spares.Started | None = None) -> Trained:
+def fit(run: RunConfig) -> Trained:
     """Trains on the connected cluster, or goes on with the run of that name.
-
-    Args:
-        early: processes that were started for the run's workers already.
 
     Raises:
         ConfigError: the run cannot start as asked.
@@ -70,13 +68,12 @@ def fit(run: RunConfig, early: spares.Started | None = None) -> Trained:
         check_checkpoints(run, store)
         reservation.release(run.folder)
         with _environment(TRAIN_ENVIRONMENT):
-            return _finished(run, _fit(run, early or spares.Started()))
+            return _finished(run, _fit(run))
 
 
-def _fit(run: RunConfig, early: spares.Started) -> Result:
-    trainer = _trainer(run, early)
+def _fit(run: RunConfig) -> Result:
+    trainer = _trainer(run)
     reservation.remember(run.folder, trainer)
-    spares.remember(run.folder, spares.expected_env())
     try:
         return trainer.fit()
     except TrainingFailedError as error:
@@ -103,8 +100,9 @@ def _alone(run: RunConfig) -> Iterator[None]:
         yield
 
 
-def _trainer(run: RunConfig, early: spares.Started) -> PromptTrainer:
+def _trainer(run: RunConfig) -> PromptTrainer:
     elastic = run.elastic
+    resources = {"CPU": 1.0, TRAIN_SLOT: 1.0} | ({"GPU": elastic.gpus_per_worker} if elastic.gpus_per_worker else {})
     workers = (elastic.min_workers, elastic.max_workers)
     return PromptTrainer(
         train_worker,
@@ -112,7 +110,7 @@ def _trainer(run: RunConfig, early: spares.Started) -> PromptTrainer:
         scaling_config=ScalingConfig(
             num_workers=workers[0] if workers[0] == workers[1] else workers,
             use_gpu=elastic.gpus_per_worker > 0,
-            resources_per_worker=elastic.worker_resources,
+            resources_per_worker=resources,
             elastic_resize_monitor_interval_s=elastic.resize_check_s,
         ),
         run_config=RayRunConfig(
@@ -121,7 +119,6 @@ def _trainer(run: RunConfig, early: spares.Started) -> PromptTrainer:
             failure_config=FailureConfig(max_failures=elastic.max_failures),
             worker_runtime_env={"env_vars": dict(spares.ENVIRONMENT)},
         ),
-        early=early,
     )
 
 

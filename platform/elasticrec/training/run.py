@@ -18,8 +18,6 @@ from elasticrec.training.sync.gossip import Gossip
 from elasticrec.training.sync.local_sgd import LocalSGD
 from elasticrec.training.sync.sharded import Sharded
 
-TRAIN_SLOT = "train_slot"  # a node offers as many as workers may train on it (docs/training.md)
-
 AnySync = AllReduce | Sharded | LocalSGD | Gossip | AsyncAverage
 
 
@@ -43,11 +41,6 @@ class ElasticConfig:
             )
         if self.threads_per_worker < 1 or self.gpus_per_worker < 0 or self.resize_check_s <= 0:
             raise ConfigError("threads_per_worker must be >= 1, gpus_per_worker >= 0 and resize_check_s above 0")
-
-    @property
-    def worker_resources(self) -> dict[str, float]:
-        """What Ray sets aside for a worker."""
-        return {"CPU": 1.0, TRAIN_SLOT: 1.0} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -124,18 +124,21 @@ def _answers(node: dict[str, Any]) -> bool:
 class PromptTrainer(TorchTrainer):  # type: ignore[misc]
     """A TorchTrainer whose controller scales by PromptScaling, and whose first workers start beside the controller."""
 
-    def __init__(self, *arguments: Any, early: spares.Started, **options: Any) -> None:
-        """`early`: processes that wait for this trainer already."""
-        super().__init__(*arguments, **options)
-        self._early = early
-
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
-            arguments["scaling_policy"] = PromptScaling(self.scaling_config, dict(self._first_spares().of_node))
+            arguments["scaling_policy"] = PromptScaling(self.scaling_config, self._first_spares())
         return super()._initialize_and_run_controller(**arguments)
 
-    def _first_spares(self) -> spares.Started:
-        env, scaling = spares.expected_env(), self.scaling_config
-        if env == self._early.env:
-            return self._early
-        return spares.start_first(env, scaling.resources_per_worker, scaling.max_workers)
+    def _first_spares(self) -> dict[str, int]:
+        env, counts = spares.expected_env(), dict[str, int]()
+        if env is None:
+            return counts
+        for node in ray.nodes():
+            wanted = self.scaling_config.resources_per_worker.items()
+            room = min(int(node["Resources"].get(name, 0) // amount) for name, amount in wanted)
+            count = min(room, self.scaling_config.max_workers)
+            if node["Alive"] and count:
+                with contextlib.suppress(grpc.RpcError):
+                    spares.start(node, env, count)
+                    counts[node["NodeID"]] = count
+        return counts

@@ -5,29 +5,27 @@ times that. A raylet can start processes before they are asked for; with the run
 setup hook imports what they need, such a process becomes a worker in no time.
 """
 
-import contextlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import grpc  # type: ignore[import-untyped]
 import ray
+import torch
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc, runtime_environment_pb2
+from ray.train.v2._internal.constants import (
+    DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+    get_env_vars_to_propagate,
+)
 
-FILE = "worker-environment.json"  # in a run's folder
 KEEP_S = 24 * 3600  # an idle process is otherwise ended after a second, where all CPUs are taken
 RPC_TIMEOUT_S = 5.0
 
 
 def load() -> None:
     """Imports what a worker needs; run by every process that may become one."""
-    import tensorboardX  # noqa: F401 - as is the next but one: importing is all it is for
-    import torch
+    import tensorboardX  # noqa: F401 - as is the next: importing is all it is for
 
     import elasticrec.training.worker  # noqa: F401
 
@@ -53,50 +51,12 @@ def expected_env() -> str | None:
 
     A worker's tells for sure. If this one should differ, the processes that were started with it stay idle.
     """
-    from ray.train.v2._internal.constants import (  # late: with it comes all of Ray Train, 2 s of a core
-        DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
-        get_env_vars_to_propagate,
-    )
-
     own = json.loads(ray.get_runtime_context().get_runtime_env_string() or "{}")
     if own.keys() - {"env_vars"}:
         return None
     ray_train = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE}
     variables = own.get("env_vars", {}) | ray_train | get_env_vars_to_propagate() | ENVIRONMENT
     return json.dumps({"env_vars": variables}, sort_keys=True, separators=(",", ":"))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Started:
-    """Processes that were started before there was a group, and the environment that they have."""
-
-    env: str | None = None
-    of_node: dict[str, int] = field(default_factory=dict)
-
-
-def start_first(env: str | None, resources: Mapping[str, float], most: int) -> Started:
-    """On each node as many as have room there, `most` at the most; none without an environment."""
-    started = Started(env=env)
-    for node in ray.nodes() if env else ():
-        room = min(int(node["Resources"].get(name, 0) // amount) for name, amount in resources.items())
-        count = min(room, most)
-        if node["Alive"] and count:
-            with contextlib.suppress(grpc.RpcError):
-                start(node, str(env), count)
-                started.of_node[node["NodeID"]] = count
-    return started
-
-
-def remember(folder: Path, env: str | None) -> None:
-    """Notes in a run's folder which environment its workers have."""
-    if env:
-        (folder / FILE).write_text(env, encoding="utf-8")
-
-
-def start_remembered(folder: Path, resources: Mapping[str, float], most: int) -> Started:
-    """For a run that goes on, before its driver has imported Ray Train: the other cores begin that much sooner."""
-    file = folder / FILE
-    return start_first(file.read_text(encoding="utf-8") if file.exists() else None, resources, most)
 
 
 def start(node: dict[str, Any], env: str, count: int) -> None:
