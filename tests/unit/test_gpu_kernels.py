@@ -1,5 +1,7 @@
 """Kernels of Triton give what torch gives. On a GPU alone; `benchmarks.gpu_training --check` tests them in training."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ TOKENS = 210
 
 def by_torch(qkv_M3A: Tensor, weight_NT: Tensor) -> Tensor:
     out = []
-    for begin, end in zip(OFFSETS, OFFSETS[1:], strict=False):
+    for begin, end in itertools.pairwise(OFFSETS):
         length = end - begin
         q, k, v = (part.view(length, HEADS, WIDTH).transpose(0, 1) for part in qkv_M3A[begin:end].chunk(3, dim=1))
         distance_LL = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
