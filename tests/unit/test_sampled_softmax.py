@@ -173,6 +173,19 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, tokens: int) -> Non
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_products_of_bfloat16_factors_are_summed_in_float32() -> None:
+    trained, weight_K, hit_M = tensors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = sampled_loss(*trained, weight_K, hit_M)
+    expected = reference(*trained, weight_K, hit_M)
+    assert own.dtype == torch.float32
+    assert own.item() != expected.item()
+    torch.testing.assert_close(own, expected, rtol=5e-3, atol=0)
+    for mine, theirs in zip(torch.autograd.grad(own, trained), torch.autograd.grad(expected, trained), strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).norm() < 0.02 * theirs.norm()
+
+
 def test_the_gradient_is_the_one_that_differences_show() -> None:
     trained, weight_K, hit_M = tensors(torch.float64)
     assert torch.autograd.gradcheck(lambda *parts: sampled_loss(*parts, weight_K, hit_M), trained)

@@ -1,0 +1,78 @@
+"""Kernels of Triton give what torch gives. On a GPU alone; `benchmarks.gpu_training --check` tests them in training."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elasticrec.model.loss import softmax_gradient
+from elasticrec.model.topk import GroupedTopK, Keys
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+HEADS, WIDTH, LONGEST = 2, 32, 150
+OFFSETS = [0, 3, 3, 133, 200]  # of four users, one of whom has no token; ten tokens belong to nobody
+TOKENS = 210
+
+
+def by_torch(qkv_M3A: Tensor, weight_NT: Tensor) -> Tensor:
+    out = []
+    for begin, end in itertools.pairwise(OFFSETS):
+        length = end - begin
+        q, k, v = (part.view(length, HEADS, WIDTH).transpose(0, 1) for part in qkv_M3A[begin:end].chunk(3, dim=1))
+        distance_LL = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+        bias_NLL = weight_NT[:, distance_LL.clamp(min=0)].masked_fill(distance_LL < 0, float("-inf"))
+        out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias_NLL).transpose(0, 1).flatten(1))
+    return torch.cat([*out, qkv_M3A.new_zeros(TOKENS - OFFSETS[-1], HEADS * WIDTH)])
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_attention_without_a_grid(dtype: torch.dtype, near: float) -> None:
+    from elasticrec.model.jagged import jagged_attention
+
+    wide_M4A = torch.randn(TOKENS, 4 * HEADS * WIDTH, device="cuda").to(dtype)
+    weight_NT, grad_MA = torch.randn(HEADS, LONGEST, device="cuda"), torch.randn(TOKENS, HEADS * WIDTH, device="cuda")
+    offset_B1 = torch.tensor(OFFSETS, device="cuda")
+    found = []
+    for kind, attend in (
+        (torch.float64, by_torch),
+        (dtype, lambda qkv, weight: jagged_attention(qkv, weight, offset_B1, LONGEST)),
+    ):
+        qkv = wide_M4A.to(kind).requires_grad_()
+        weight = weight_NT.to(torch.float64 if kind == torch.float64 else torch.float32).requires_grad_()
+        out = attend(qkv[:, : 3 * HEADS * WIDTH], weight)
+        out.backward(grad_MA.to(out.dtype))
+        found.append((out.detach(), qkv.grad, weight.grad))
+    for expected, own in zip(*found, strict=True):
+        assert expected is not None
+        assert own is not None
+        assert (own.double() - expected).norm() < near * expected.norm()
+
+
+def test_softmax_in_one_pass() -> None:
+    from elasticrec.model import softmax_triton
+
+    logits_mI, target_m1 = torch.randn(65, 1000, device="cuda") * 5, torch.randint(0, 1000, (65, 1), device="cuda")
+    target_m1[7] = -1
+    expected = softmax_gradient(logits_mI.double(), target_m1, torch.float64)
+    own = softmax_triton.softmax_gradient(logits_mI, target_m1, torch.float32)
+    torch.testing.assert_close(own[0].double(), expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(own[1].double(), expected[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("queries", [1, 130])
+def test_the_best_of_a_catalogue(integers: bool, queries: int) -> None:
+    key_ID = torch.randint(-127, 128, (5003, 64), device="cuda")
+    keys = Keys(key_ID=key_ID.to(torch.int8 if integers else torch.bfloat16), scale_I=torch.rand(5003, device="cuda"))
+    query_BD = torch.randn(queries, 64, device="cuda").to(torch.bfloat16)
+    score_BI = query_BD.double() @ keys.key_ID.double().t() * keys.scale_I
+    score_BI[:, 0] = float("-inf")
+    row_N = torch.arange(queries).repeat_interleave(9)
+    item_N = score_BI.topk(9).indices.flatten().cpu()
+    score_BI[row_N, item_N] = float("-inf")
+    item_BK, score_BK = GroupedTopK(keys).top(query_BD, 50, row_N, item_N)
+    torch.testing.assert_close(score_BK.double(), score_BI.topk(50).values, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(score_BK.double(), score_BI.gather(1, item_BK), rtol=1e-4, atol=1e-3)
