@@ -49,6 +49,7 @@ class Onnx:
     any_batch: ClassVar[bool] = True
 
     def write(self, graph: ScoreGraph, max_length: int, file: Path) -> None:
+        _needs("onnxscript")
         optimizer = _needs("onnxscript.optimizer")
         program = torch.onnx.export(
             graph,
