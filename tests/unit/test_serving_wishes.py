@@ -298,6 +298,41 @@ def test_only_some_items_are_put_in_order(bundle: Bundle, recommender: Recommend
     assert given_back == sorted(["i30", "i3", "i44", "i7"], key=lambda item_id: -score[item_id])
 
 
+def test_narrow_filters_multiply_few_items_and_give_the_same_scores(
+    bundle: Bundle, recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = Filters(attributes={"price": AttributeFilter(min=58)})
+    batch = [Request(k=9, history=("i7",), filters=few), Request(k=9, like="i5", filters=few)]
+    whole = [answer.items for answer in recommender.recommend(batch)]
+    monkeypatch.setattr(retrieval, "_FEW", 1)  # 60 items are too few for it otherwise
+    narrow = [answer.items for answer in recommender.recommend(batch)]
+    for one, other in zip(whole, narrow, strict=True):
+        assert [item.item_id for item in one] == [item.item_id for item in other]
+        assert [item.score for item in one] == pytest.approx([item.score for item in other], abs=1e-5)
+
+
+def test_the_items_of_a_batch_are_those_of_all_its_filters() -> None:
+    bits = np.packbits(np.array([[0, 1, 0, 0, 1], [0, 0, 0, 1, 1]], dtype=np.uint8), axis=1)
+    none_N = np.zeros(0, dtype=np.int64)
+
+    def found(rows: list[int], begin: int, end: int) -> list[int] | None:
+        question = Question(
+            past=None,
+            blocked_row_N=none_N,
+            blocked_item_N=none_N,
+            k=1,
+            filtered_row_F=np.array(rows),
+            filter_F=np.arange(len(rows)),
+            filter_PI=bits,
+        )
+        items = retrieval.allowed(question, begin, end)
+        return None if items is None else items.tolist()
+
+    assert found([0, 1], 0, 2) == [1, 3, 4]
+    assert found([0, 1], 1, 2) == [3, 4]
+    assert found([0], 0, 2) is None  # row 1 may get anything
+
+
 @settings(deadline=None, max_examples=60)
 @given(columns=st.integers(70, 900), k=st.integers(1, 5), seed=st.integers(0, 99), few=st.integers(0, 900))
 def test_the_best_of_blocks_are_the_best_of_all(columns: int, k: int, seed: int, few: int) -> None:

@@ -17,6 +17,7 @@ from elasticrec.serving.question import Question
 from elasticrec.serving.setup import ModelSetup
 
 MAX_SCORES: Final = 1 << 24  # float32 held at a time: 64 MiB, or one row of a larger catalogue
+_FEW: Final = 32  # a row that is gathered costs as much as so many that lie one after the other, at most
 _BLOCK: Final = 64  # scores whose maximum is looked at first
 _NEVER: Final = float("-inf")
 
@@ -30,6 +31,7 @@ class ExactRetriever:
 
     def __init__(self, setup: ModelSetup) -> None:
         items = setup.network.encoder.items
+        self._network = setup.network
         self._product: Product = setup.network.head.product(items)
         self._cosine: Product = items.cosine
         self._items = setup.network.n_items + 1
@@ -56,12 +58,34 @@ class ExactRetriever:
     def _some(
         self, query_bD: Tensor, begin: int, question: Question, k: int, prior_I: Float32 | None
     ) -> tuple[Tensor, Tensor]:
-        product = self._product if question.like_B is None else self._cosine
-        score_bI = product(query_bD)
+        score_bI = self._scores(query_bD, begin, question)
         if prior_I is not None:
             score_bI += torch.from_numpy(prior_I)
         adjust(score_bI, begin, question)
         return best(score_bI, min(k, score_bI.shape[1] - 1))
+
+    def _scores(self, query_bD: Tensor, begin: int, question: Question) -> Tensor:
+        """float32 (b, I). Where filters leave few items to all rows, nothing else is multiplied."""
+        like = question.like_B is not None
+        few_U = allowed(question, begin, begin + len(query_bD))
+        if few_U is None or _FEW * len(few_U) > self._items:
+            return (self._cosine if like else self._product)(query_bD)
+        index_bU = few_U.expand(len(query_bD), -1)
+        score_bI = query_bD.new_full((len(query_bD), self._items), _NEVER)
+        table = self._network.encoder.items
+        score_bI[:, few_U] = (
+            table.cosine_of(query_bD, index_bU) if like else self._network.head.product_of(table, query_bD, index_bU)
+        )
+        return score_bI
+
+
+def allowed(question: Question, begin: int, end: int) -> Tensor | None:
+    """Items that a filter of any row from `begin` to `end` allows: int64 (U,); none where a row has no filter."""
+    mine_F = (question.filtered_row_F >= begin) & (question.filtered_row_F < end)
+    if question.filter_PI is None or mine_F.sum() < end - begin:
+        return None
+    bits = np.bitwise_or.reduce(question.filter_PI[np.unique(question.filter_F[mine_F])], axis=0)
+    return torch.from_numpy(np.flatnonzero(np.unpackbits(bits)))
 
 
 def adjust(score_bI: Tensor, begin: int, question: Question) -> None:
