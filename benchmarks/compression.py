@@ -245,6 +245,11 @@ def sizes(bundle: str) -> tuple[int, int]:
 def checks(plan: Plan, rows: list[dict[str, Any]]) -> Iterator[Check]:
     """The targets of the issue for one set, in its words."""
     known = {row["recipe"]: row for row in rows}
+    asked: list[Recipe] = [(Int8Table(),), (Int4Table(),), (plan.student,), *((one,) for one in plan.alone)]
+    if missing := [name for name in map(label, asked) if known[name]["bytes"] is None]:
+        name = f"{plan.dataset}: trials that the targets speak of and that are not done ({', '.join(missing)})"
+        yield _at_most(name, len(missing), 0, "trials")
+        return
     for step, largest in ((Int8Table(), 0.003), (Int4Table(), 0.01)):
         loss = 1 - known[label((step,))]["test_of_teacher"]
         name = f"{plan.dataset}: {step.kind.replace('_', ' ')} <= {100 * largest:g} % relative NDCG@10 loss"

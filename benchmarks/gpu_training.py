@@ -35,7 +35,7 @@ from elasticrec.training.host import LocalHost
 from elasticrec.training.journal import STEPS, read
 from elasticrec.training.loop import Loop
 from elasticrec.training.optimizer import OptimizerConfig
-from elasticrec.training.run import CheckpointConfig, RunConfig, ValidationConfig
+from elasticrec.training.run import CheckpointConfig, ElasticConfig, RunConfig, ValidationConfig
 from elasticrec.training.sync.all_reduce import AllReduce
 
 MEET_EVERY = 32  # steps between two moments at which the host waits for the device
@@ -183,6 +183,7 @@ def run_config(way: Way, size: Size, storage: Path, dropout: float) -> RunConfig
         validation=ValidationConfig(every_epochs=NEVER),
         checkpoint=CheckpointConfig(interval_s=NEVER),
         compute=way.compute,
+        elastic=ElasticConfig(max_workers=1),
     )
 
 

@@ -11,6 +11,7 @@ those that each kind counts itself.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -82,9 +83,11 @@ class Trial:
     epochs: int
     seed: int = 0
 
-    @property
-    def name(self) -> str:
-        return f"{self.kind.replace(' ', '-')}-{self.epochs}-{self.seed}"
+    def name(self, store: Store) -> str:
+        """Tells the training from any of another data set or other settings."""
+        run = to_mapping(run_config(Path("store"), Path("storage"), self))
+        digest = hashlib.sha256(json.dumps([store.fingerprint, run], sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.kind.replace(' ', '-')}-{self.epochs}-{self.seed}-{digest}"
 
 
 def run_config(store: Path, storage: Path, trial: Trial) -> RunConfig:
@@ -243,7 +246,8 @@ def launch(folder: Path, asked: list[dict[str, Any]], script: str, within: Seque
 
 def trained(store: Path, trial: Trial, work_folder: Path) -> list[dict[str, Any]]:
     """What each worker found of a training, which runs unless it did before."""
-    file = work_folder / f"{trial.name}.json"
+    name = trial.name(open_store(store))
+    file = work_folder / f"{name}.json"
     if not file.exists():
         with tempfile.TemporaryDirectory() as scratch:
             run = to_mapping(run_config(store, Path(scratch) / "run", trial))
@@ -251,7 +255,7 @@ def trained(store: Path, trial: Trial, work_folder: Path) -> list[dict[str, Any]
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(found))
         partial.rename(file)
-        print(f"{trial.name}: validation {found[0]['validation']:.4f}", file=sys.stderr, flush=True)
+        print(f"{name}: validation {found[0]['validation']:.4f}", file=sys.stderr, flush=True)
     return list(json.loads(file.read_text()))
 
 
@@ -341,6 +345,10 @@ def main() -> None:
     if chosen.rank is not None:
         work(chosen.rank, chosen.folder)
         return
+    if chosen.train_only and chosen.work is None:
+        raise SystemExit("--train-only keeps nothing without --work FOLDER; name one")
+    if chosen.only and "all_reduce" not in chosen.only:
+        raise SystemExit("--only compares with all_reduce; name it too")
     epochs, steps, seeds = (3, 12, 1) if chosen.quick else (120, 48, 3)
     kinds = chosen.only or list(KINDS)
     with tempfile.TemporaryDirectory() as scratch:

@@ -24,7 +24,7 @@ from elasticrec.training.compute import ComputeConfig
 from elasticrec.training.host import LocalHost
 from elasticrec.training.journal import STEPS, read
 from elasticrec.training.loop import Loop
-from elasticrec.training.run import CheckpointConfig, RunConfig, ValidationConfig
+from elasticrec.training.run import CheckpointConfig, ElasticConfig, RunConfig, ValidationConfig
 
 N_USERS, N_ITEMS, N_STEPS = 60, 40, 8  # two epochs of four steps; the last of each has 12 users, not 16
 
@@ -54,7 +54,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def curve(store: Store, storage: Path, compute: ComputeConfig, dropout: float, fused: bool = False) -> list[float]:
-    encoder = EncoderConfig(width=16, blocks=1, max_length=8, dropout=dropout, packed=False, time=TimeGaps(buckets=8))
+    encoder = EncoderConfig(
+        width=16,
+        blocks=1,
+        max_length=8,
+        dropout=dropout,
+        packed=compute.bucket_tokens > 0,
+        time=TimeGaps(buckets=8),
+    )
     run = RunConfig(
         storage=storage,
         epochs=2,
@@ -64,6 +71,7 @@ def curve(store: Store, storage: Path, compute: ComputeConfig, dropout: float, f
         validation=ValidationConfig(every_epochs=2),
         checkpoint=CheckpointConfig(interval_s=1e6),
         compute=compute,
+        elastic=ElasticConfig(max_workers=1),
     )
     Loop(run, store, LocalHost(run.folder)).train()
     losses = [line["loss"] for line in read(run.folder / STEPS)]
@@ -135,7 +143,7 @@ def test_filled_up_tokens_keep_their_places_on_a_grid() -> None:
 
 def test_a_capture_without_a_gpu_is_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"compute\.capture needs a GPU, this worker has 'cpu'"):
-        curve(store, tmp_path, ComputeConfig(capture=True), dropout=0.0)
+        curve(store, tmp_path, ComputeConfig(capture=True, bucket_tokens=64), dropout=0.0)
 
 
 def test_a_graph_without_a_gpu_is_refused(store: Store, tmp_path: Path) -> None:

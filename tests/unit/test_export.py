@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -149,6 +150,14 @@ def test_a_file_of_another_network_is_found_out(tmp_path: Path) -> None:
     assert not found.holds()
     assert found.largest > 1e-2
     assert found.different > 0
+
+
+def test_scores_that_are_no_numbers_are_found_out() -> None:
+    made = network(NetworkConfig(encoder=SMALL))
+    found = compare(
+        made, lambda given: np.full((len(given["item"]), N_ITEMS + 1), np.nan, np.float32), made_up(made, 5)
+    )
+    assert found.largest == float("inf")
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:

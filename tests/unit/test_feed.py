@@ -13,9 +13,11 @@ from elasticrec.data.split import LeaveOneOut, split
 from elasticrec.errors import ConfigError
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import NetworkConfig
+from elasticrec.model.sampled import SampledSoftmax
 from elasticrec.training.compute import ComputeConfig
 from elasticrec.training.feed import Cut, Feed, Piece, Shapes
-from elasticrec.training.run import RunConfig
+from elasticrec.training.run import ElasticConfig, RunConfig
+from elasticrec.training.sync.local_sgd import LocalSGD
 
 TOTAL_STEPS = 12  # three epochs of four steps, the last of which holds 14 of 16 users
 
@@ -79,7 +81,17 @@ def test_what_cannot_be_computed_as_asked_is_refused_before_anything_starts(tmp_
     with pytest.raises(ConfigError, match=r"set compute\.compile too"):
         ComputeConfig(graphs=True)
     with pytest.raises(ConfigError, match=r"compute\.bucket_tokens to 1024"):
-        RunConfig(compute=ComputeConfig(capture=True))
+        ComputeConfig(capture=True)
+    captured = ComputeConfig(capture=True, bucket_tokens=64)
+    RunConfig(compute=captured, elastic=ElasticConfig(max_workers=1))
+    for more in (
+        {"elastic": ElasticConfig(max_workers=2)},
+        {"elastic": ElasticConfig(max_workers=1, exact=True)},
+        {"elastic": ElasticConfig(max_workers=1), "loss": SampledSoftmax()},
+        {"elastic": ElasticConfig(max_workers=1), "sync": LocalSGD()},
+    ):
+        with pytest.raises(ConfigError, match=r"compute\.capture is for one worker"):
+            RunConfig(compute=captured, **more)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"set network\.encoder\.packed to true"):
         RunConfig(compute=ComputeConfig(bucket_tokens=64), network=NetworkConfig(encoder=EncoderConfig(packed=False)))
     with pytest.raises(ConfigError, match=r"leave compute\.graphs out"):

@@ -46,3 +46,9 @@ def test_the_newest_vector_is_the_last_of_all(encoder: AnyEncoder, linear: Linea
         history = History(torch.tensor(item_BT), time_BT=time_BT, request_BT=time_BT + 5)
         with torch.no_grad():
             torch.testing.assert_close(network.newest(history), network(history)[:, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_users_without_any_event_get_a_vector_of_no_use_but_no_error() -> None:
+    network = Network(NetworkConfig(encoder=EncoderConfig(width=16, blocks=1, max_length=6)), 30).eval()
+    with torch.no_grad():
+        assert network.newest(History(torch.zeros(2, 4, dtype=torch.int64))).shape == (2, 16)

@@ -1,22 +1,40 @@
 """What a sweep tries, and how two networks are compared user by user."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from elasticrec.artifact.location import locate
 from elasticrec.compression.linears import Int8Linear
 from elasticrec.compression.paired import paired
 from elasticrec.compression.quantize import BFloat16Table, Int4Table, Int8Table
 from elasticrec.compression.recipe import Recipe, label
-from elasticrec.compression.record import folder_name
+from elasticrec.compression.record import claim, folder_name
 from elasticrec.compression.space import Axis, Optuna, SweepConfig, combinations
+from elasticrec.compression.train import watched_metric
 from elasticrec.config import from_mapping, to_mapping
 from elasticrec.errors import ConfigError
 from elasticrec.evaluation.ranking import EvaluationConfig
 
 LINEAR = Axis(name="linear", choices=((), (Int8Linear(),)))
 TABLE = Axis(name="table", choices=((), (Int8Table(),), (Int4Table(),)))
+
+
+def test_a_folder_whose_claim_was_cut_off_is_claimed_again(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json.partial-123").write_text("{")
+    claim(locate(tmp_path), {"teacher": "t"})
+    claim(locate(tmp_path), {"teacher": "t"})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "photo.png").touch()
+    with pytest.raises(ConfigError, match=r"holds 'photo.png' already"):
+        claim(locate(tmp_path / "other"), {"teacher": "t"})
+
+
+def test_students_are_chosen_by_a_metric_that_is_measured() -> None:
+    assert watched_metric(EvaluationConfig(ks=(5, 20))) == "ndcg@5"
+    assert watched_metric(EvaluationConfig(ks=(5, 10))) == "ndcg@10"
 
 
 def names(config: SweepConfig) -> list[str]:

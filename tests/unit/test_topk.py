@@ -10,7 +10,6 @@ from elasticrec.model.head import AnyHead, DotHeadConfig, HeadConfig
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.model.quantized import Int8Table
 from elasticrec.model.topk import GroupedTopK, Keys, group_maxima
-from elasticrec.serving.retrieval import ExactRetriever
 
 ROWS, WIDTH, QUERIES = 1003, 16, 7  # not a multiple of any group
 NOBODY = torch.empty(0, dtype=torch.int64)
@@ -53,6 +52,7 @@ def test_a_query_with_too_few_items_ends_in_minus_infinity() -> None:
     assert score_BK.shape == (2, 5)
     assert set(item_BK[0, :2].tolist()) == {3, 4}
     assert torch.isinf(score_BK[0]).tolist() == [False, False, True, True, True]
+    assert item_BK[0, 2:].tolist() == [0, 0, 0]  # no item, and never one beyond the catalogue
     assert sorted(item_BK[1].tolist()) == [1, 2, 3, 4, 5]
 
 
@@ -77,9 +77,25 @@ def test_keys_of_a_network_give_the_answers_of_its_own_arithmetic(head: AnyHead,
         items.weight_ID.copy_(torch.randn(items.weight_ID.shape))
     keys, query_BD = Keys.of(network), torch.randn(4, WIDTH)
     own_BK = GroupedTopK(keys).top(query_BD, 10, NOBODY, NOBODY)[1]
-    with torch.inference_mode():
-        expected_BK = ExactRetriever(network.head.product(items)).top(query_BD, 10, NOBODY, NOBODY)[1]
+    with torch.no_grad():
+        score_BI = network.head.product(items)(query_BD)
+    score_BI[:, 0] = float("-inf")
+    expected_BK = score_BI.topk(10).values
     torch.testing.assert_close(own_BK, expected_BK, rtol=2e-2, atol=2e-2)  # int8 arithmetic rounds the query, too
+
+
+def test_keys_of_factors_are_directions_as_their_own_products_take_them() -> None:
+    config = NetworkConfig(encoder=EncoderConfig(width=WIDTH, blocks=1), table_rank=6)
+    network = Network(config, 200).eval()
+    for name, tensor in network.encoder.items.state_dict().items():
+        tensor.copy_(torch.rand(tensor.shape) + 0.5 if "length" in name else torch.randn(tensor.shape))
+    query_BD = torch.randn(4, WIDTH)
+    item_BK, score_BK = GroupedTopK(Keys.of(network)).top(query_BD, 10, NOBODY, NOBODY)
+    with torch.no_grad():
+        score_BI = network.head.product(network.encoder.items)(query_BD)
+    score_BI[:, 0] = float("-inf")
+    torch.testing.assert_close(score_BK, score_BI.topk(10).values)
+    assert torch.equal(item_BK, score_BI.topk(10).indices)
 
 
 def test_a_group_that_tiles_cannot_hold_is_refused() -> None:

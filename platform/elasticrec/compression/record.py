@@ -46,7 +46,7 @@ def claim(out: Location, asked: Row) -> None:
     """
     place = out / SWEEP
     if not place.exists():
-        if found := out.children():
+        if found := [name for name in out.children() if not name.startswith(f"{SWEEP}.partial-")]:
             raise ConfigError(f"'{out}' holds '{found[0]}' already; give a sweep a folder of its own")
         out.make_folder()
         write_json(place, asked)

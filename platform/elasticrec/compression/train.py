@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from elasticrec.compression.paired import compared_k
 from elasticrec.compression.workbench import Workbench
 from elasticrec.errors import ConfigError
+from elasticrec.evaluation.ranking import EvaluationConfig
 from elasticrec.model.distillation import Distillation, DistilledLoss
 from elasticrec.model.loss import SummedLoss
 from elasticrec.model.network import Network, NetworkConfig
@@ -85,7 +87,13 @@ def lesson_run(lesson: Lesson, network: NetworkConfig, bench: Workbench, what: D
         plan=replace(run.plan, seed=bench.seed),
         optimizer=replace(run.optimizer, learning_rate=lesson.learning_rate),
         evaluation=bench.evaluation,
+        validation=replace(run.validation, metric=watched_metric(bench.evaluation)),
     )
+
+
+def watched_metric(config: EvaluationConfig) -> str:
+    """By which epochs are chosen, and trials ended."""
+    return f"ndcg@{compared_k(config)}"
 
 
 def make_loss(what: Distillation, bench: Workbench) -> MakeLoss:

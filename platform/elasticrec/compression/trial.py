@@ -102,15 +102,27 @@ def start_of(recipe: Recipe, teacher: Network, job: Job) -> tuple[Network, Recip
 
 @contextlib.contextmanager
 def _scratch(out: Location, recipe: Recipe) -> Iterator[Path]:
-    """A folder to train in: on a local disk in the sweep's, where a trial that was cut off goes on; else anywhere."""
+    """A folder to train in: on a local disk in the sweep's, where a trial that was cut off goes on; else anywhere.
+
+    It stays until `leave_scratch`: what comes after training may be cut off, too.
+    """
     if not out.is_local:
         with tempfile.TemporaryDirectory(prefix="elasticrec-trial-") as elsewhere:
             yield Path(elsewhere)
         return
-    place = Path(out.path) / f".{folder_name(recipe)}.work"
+    place = _scratch_of(out, recipe)
     place.mkdir(parents=True, exist_ok=True)
     yield place
-    shutil.rmtree(place, ignore_errors=True)
+
+
+def leave_scratch(out: Location, recipe: Recipe) -> None:
+    """Removes what a trial trained in, once its row is written."""
+    if out.is_local:
+        shutil.rmtree(_scratch_of(out, recipe), ignore_errors=True)
+
+
+def _scratch_of(out: Location, recipe: Recipe) -> Path:
+    return Path(out.path) / f".{folder_name(recipe)}.work"
 
 
 def teacher_metrics(job: Job) -> tuple[dict[str, float], Ranks]:

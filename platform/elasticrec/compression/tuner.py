@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -24,7 +25,8 @@ from elasticrec.compression.pareto import direction
 from elasticrec.compression.recipe import Recipe, label
 from elasticrec.compression.record import Row, finished_row, forget, write_row
 from elasticrec.compression.space import Axis, Optuna, SweepConfig
-from elasticrec.compression.trial import VALIDATION, Job, run_trial
+from elasticrec.compression.train import watched_metric
+from elasticrec.compression.trial import VALIDATION, Job, leave_scratch, run_trial
 
 Progress = Callable[[str, str], None]  # a recipe's name, and "done", "failed" or "stopped"
 
@@ -125,18 +127,19 @@ def _fit(config: SweepConfig, job: Job, progress: Progress, space: dict[str, Any
 
 
 def _trial(space: dict[str, Any], job: Job, axes: tuple[Axis, ...], told: bool) -> None:
-    recipe = _recipe(space, axes)
+    recipe, watched = _recipe(space, axes), watched_metric(job.evaluation)
     row = finished_row(job.folder, recipe)
     if row is None:
         forget(job.folder, recipe)
-        measured = run_trial(recipe, job, _tell if told else _nobody_asks)
+        measured = run_trial(recipe, job, partial(_tell, watched) if told else _nobody_asks)
         row = {"recipe": label(recipe), "status": "done", "reason": None} | measured
         write_row(job.folder, recipe, row)
-    tune.report(row | {_EPOCH: _LAST_EPOCH, _QUALITY: row[_measured_name("ndcg@10")]} if told else row)
+        leave_scratch(job.folder, recipe)
+    tune.report(row | {_EPOCH: _LAST_EPOCH, _QUALITY: row[_measured_name(watched)]} if told else row)
 
 
-def _tell(metrics: Mapping[str, float]) -> None:
-    tune.report({_EPOCH: int(metrics["epoch"]), _QUALITY: metrics["ndcg@10"]})
+def _tell(watched: str, metrics: Mapping[str, float]) -> None:
+    tune.report({_EPOCH: int(metrics["epoch"]), _QUALITY: metrics[watched]})
 
 
 def _nobody_asks(_metrics: Mapping[str, float]) -> None: ...

@@ -113,6 +113,8 @@ class Packed(Layout):
         return _Gather.apply(flat_X, self._place_M)  # type: ignore[no-any-return, no-untyped-call]
 
     def newest(self, x_MX: Tensor) -> Tensor:
+        if len(x_MX) == 0:  # nobody has an event
+            return x_MX.new_zeros(self.batch, x_MX.shape[1])
         return x_MX.index_select(0, (self._length_B.cumsum(0) - 1).clamp_(min=0))
 
     def newest_place(self) -> Tensor | None:

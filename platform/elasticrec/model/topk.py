@@ -19,6 +19,7 @@ from torch import Tensor
 from elasticrec.columns import PAD
 from elasticrec.errors import ConfigError
 from elasticrec.model.head import CosineHead
+from elasticrec.model.low_rank import LowRankTable
 from elasticrec.model.network import Network
 from elasticrec.model.quantized import Int8Table
 
@@ -51,6 +52,8 @@ class Keys:
                 scale_I = torch.linalg.vector_norm(table.weight_ID.float(), dim=-1).clamp_(min=1e-12).reciprocal_()
             return cls(key_ID=table.weight_ID, scale_I=scale_I)
         key_ID = network.keys()
+        if isinstance(table, LowRankTable) and isinstance(network.head, CosineHead):
+            key_ID = table.left.rows() @ table.get_buffer("right_RD")  # directions; not scaled to length one again
         return cls(key_ID=key_ID.to(torch.bfloat16 if key_ID.is_cuda else torch.float32).contiguous())
 
 
@@ -67,7 +70,8 @@ class GroupedTopK:
     def top(self, query_BD: Tensor, k: int, blocked_row_N: Tensor, blocked_item_N: Tensor) -> tuple[Tensor, Tensor]:
         """Items and scores, best first: int64 (B, K) and float32 (B, K).
 
-        K is at most k and at most I - 1. Where a query has fewer items that are not blocked, -inf scores end its row.
+        K is at most k and at most I - 1. Where a query has fewer items that are not blocked, -inf scores, of item 0, end
+        its row.
         Blocked pairs may lie on the host, which then waits for no device.
         """
         most = int(torch.bincount(blocked_row_N).max()) if len(blocked_row_N) else 0
@@ -81,7 +85,8 @@ class GroupedTopK:
         if len(blocked_row_N):
             self._block(score_BCS, group_BC, blocked_row_N, blocked_item_N)
         score_BK, place_BK = score_BCS.flatten(1).topk(k)
-        return group_BC.gather(1, place_BK // self._group) * self._group + place_BK % self._group, score_BK
+        item_BK = group_BC.gather(1, place_BK // self._group) * self._group + place_BK % self._group
+        return item_BK.masked_fill_(score_BK == float("-inf"), PAD), score_BK
 
     def _maxima(self, query_BD: Tensor) -> Tensor:
         if query_BD.is_cuda:

@@ -41,17 +41,20 @@ class ComputeConfig:
             raise ConfigError(f"compute.bucket_tokens {self.bucket_tokens} must be at least 0")
         if self.graphs and self.capture:
             raise ConfigError("compute.capture has the network in its graph; leave compute.graphs out")
+        if self.capture and not self.bucket_tokens:
+            raise ConfigError(
+                "compute.capture records a graph for each shape; set compute.bucket_tokens to 1024 for few"
+            )
 
 
 def check_compute(config: ComputeConfig, network: NetworkConfig) -> None:
     """Raises ConfigError where a network cannot be computed as asked."""
     packed = getattr(network.encoder, "packed", False)
-    for name in ("compile", "capture"):
-        if getattr(config, name) and packed and not config.bucket_tokens:
-            raise ConfigError(
-                f"compute.{name} needs shapes that do not depend on the data; set network.encoder.packed to false, or "
-                "compute.bucket_tokens to 1024"
-            )
+    if config.compile and packed and not config.bucket_tokens:
+        raise ConfigError(
+            "compute.compile needs shapes that do not depend on the data; set network.encoder.packed to false, or "
+            "compute.bucket_tokens to 1024"
+        )
     if config.bucket_tokens and not packed:
         raise ConfigError("compute.bucket_tokens is for tokens without padding; set network.encoder.packed to true")
 

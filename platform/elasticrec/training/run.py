@@ -110,6 +110,11 @@ class RunConfig:
                 "elastic.exact adds up gradients in its own way, and this sync in another; "
                 "use sync.kind all_reduce without a hook, or leave elastic.exact out"
             )
+        if self.compute.capture and (self.elastic.max_workers > 1 or self.elastic.exact or not self._captures):
+            raise ConfigError(
+                "compute.capture is for one worker, sync.kind all_reduce, loss.kind full_softmax and no elastic.exact; "
+                "leave it out or set elastic.max_workers to 1"
+            )
         if isinstance(self.sync, Sharded):
             self.sync.check_workers(self.elastic.max_workers)
         if self.network.table != "float32":
@@ -122,6 +127,10 @@ class RunConfig:
         known = {f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in self.evaluation.ks}
         if self.validation.metric not in known:
             raise ConfigError(f"validation.metric '{self.validation.metric}' is not measured; known: {sorted(known)}")
+
+    @property
+    def _captures(self) -> bool:
+        return isinstance(self.sync, AllReduce) and isinstance(self.loss, FullSoftmax)
 
     @property
     def folder(self) -> Path:

@@ -3,6 +3,7 @@
 # B users, T positions, I items + 1, K best
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,8 @@ def compare(network: Network, exported: Scores, history: History, *, any_batch: 
         with integers.as_elsewhere():
             ours_BI = network.scores(part).numpy()
         theirs_BI = exported(arrays(_without_padding(part) if any_batch else part))
-        largest = max(largest, float(np.abs(ours_BI[:, 1:] - theirs_BI[:, 1:]).max()))
+        apart = float(np.abs(ours_BI[:, 1:] - theirs_BI[:, 1:]).max())
+        largest = max(largest, apart if math.isfinite(apart) else math.inf)
         different += int((best(ours_BI) != best(theirs_BI)).any(axis=1).sum())
     return Parity(users=users, largest=largest, different=different)
 
@@ -53,7 +55,7 @@ def best(score_BI: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
 
 def arrays(history: History) -> dict[str, npt.NDArray[Any]]:
     """The parts of a history that are there, as exported graphs take them."""
-    parts: Mapping[str, torch.Tensor | None] = dict(zip(FIELDS, history, strict=True))
+    parts: Mapping[str, torch.Tensor | None] = dict(zip(FIELDS, history[: len(FIELDS)], strict=True))
     found = {name: part.numpy() for name, part in parts.items() if part is not None}
     return found | {"item": found["item"].astype(np.int64)}
 
