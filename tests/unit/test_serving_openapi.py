@@ -98,7 +98,7 @@ def test_every_answer_is_one_that_the_document_tells_of(
     if mode is GenerationMode.NEGATIVE and (path, method) in NOTHING_WRONG:
         pytest.skip("every request of this operation fits")
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
     @given(case=operation.as_strategy(generation_mode=mode))
     def run(case: schemathesis.Case) -> None:
         case.call_and_validate(excluded_checks=[ignored_auth])  # which test_serving_api tries

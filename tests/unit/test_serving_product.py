@@ -223,6 +223,9 @@ def test_a_search_needs_no_user_but_a_text(app: FastAPI) -> None:
     assert search(app, q="?!*")["items"] == []
     assert {item["title"].split()[0] for item in search(app, q="amber", category="odd", k=50)["items"]} == {"amber"}
     assert call(app, "GET", "/v1/search", params={"q": "x" * 257}).status_code == 422
+    twice = call(app, "GET", "/v1/search?q=amber&user_id=ann&user_id=bob")
+    assert twice.status_code == 422
+    assert twice.json()["type"].endswith("/repeated-parameter")
 
 
 def test_a_search_follows_the_taste_of_its_user(app: FastAPI) -> None:

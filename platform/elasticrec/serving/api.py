@@ -302,6 +302,14 @@ class ItemNotFoundError(ApiError):
     title = "There is no such item"
 
 
+class RepeatedParameterError(ApiError):
+    """A query names a value twice, and only one is meant to be there."""
+
+    status = 422
+    kind = "repeated-parameter"
+    title = "A parameter is given twice"
+
+
 class MissingQueryError(ApiError):
     """A search for nothing."""
 

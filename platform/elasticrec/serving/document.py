@@ -8,6 +8,10 @@ from fastapi import FastAPI
 from elasticrec.serving.api import Problem
 
 _PROBLEM: Final = f"#/components/schemas/{Problem.__name__}"
+_NO_PATH: Final = {
+    "description": "No such path",
+    "content": {"application/problem+json": {"schema": {"$ref": _PROBLEM}}},
+}
 
 
 def documented(app: FastAPI) -> Callable[[], dict[str, Any]]:
@@ -16,8 +20,10 @@ def documented(app: FastAPI) -> Callable[[], dict[str, Any]]:
 
     def openapi() -> dict[str, Any]:
         document = made()
-        for operations in document["paths"].values():
+        for path, operations in document["paths"].items():
             for operation in operations.values():
+                if "{" in path:  # an id with a line break fits no route
+                    operation["responses"].setdefault("404", _NO_PATH)
                 for response in operation["responses"].values():
                     content = response.get("content", {})
                     if content.get("application/json", {}).get("schema") == {"$ref": _PROBLEM}:

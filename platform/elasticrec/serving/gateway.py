@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Security
+from fastapi import APIRouter, Depends, FastAPI, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
@@ -39,6 +39,7 @@ from elasticrec.serving.guard import Guard, ProblemResponse, Protection, respond
 from elasticrec.serving.history import Request
 from elasticrec.serving.item_routes import add_items
 from elasticrec.serving.items import ItemStoreError
+from elasticrec.serving.parameters import each_once
 from elasticrec.serving.postprocess import Recommendation
 from elasticrec.serving.recommend_routes import add_recommendations
 from elasticrec.serving.search_routes import add_search
@@ -103,7 +104,8 @@ def create_app(service: Service, keys: KeyRing | None, protection: Protection | 
 
 def _protected() -> APIRouter:
     # `Guard` checks the key before the body is read; this only tells OpenAPI.
-    return APIRouter(prefix="/v1", dependencies=[Security(HTTPBearer(auto_error=False, description="an API key"))])
+    key = Security(HTTPBearer(auto_error=False, description="an API key"))
+    return APIRouter(prefix="/v1", dependencies=[key, Depends(each_once)])
 
 
 def _product(service: Service) -> APIRouter:

@@ -34,11 +34,11 @@ def add_search(router: APIRouter, service: Service, ask: Ask) -> None:
         user_id: Annotated[str | None, Query(min_length=1, max_length=MAX_ID_CHARACTERS)] = None,
         k: Annotated[int, Query(ge=1, le=MAX_K)] = 10,
         offset: Annotated[int, Query(ge=0, le=MAX_OFFSET)] = 0,
-        category: Annotated[list[Name] | None, Query(max_length=MAX_NAMES, description="one of them")] = None,
+        category: Annotated[list[Name], Query(max_length=MAX_NAMES, description="one of them")] = [],  # noqa: B006
     ) -> Response:
         started_s = time.perf_counter()
         limit = max(service.search.pool, offset + k)
-        view, hits = await asyncio.to_thread(_hits, service, q, limit, category or [])
+        view, hits = await asyncio.to_thread(_hits, service, q, limit, category)
         stages_ms = {"text": 1e3 * (time.perf_counter() - started_s)}
         found = [(hit.item, hit.score / hits[0].score) for hit in hits]
         personal = False
