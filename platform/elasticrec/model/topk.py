@@ -70,8 +70,8 @@ class GroupedTopK:
     def top(self, query_BD: Tensor, k: int, blocked_row_N: Tensor, blocked_item_N: Tensor) -> tuple[Tensor, Tensor]:
         """Items and scores, best first: int64 (B, K) and float32 (B, K).
 
-        K is at most k and at most I - 1. Where a query has fewer items that are not blocked, -inf scores, of item 0, end
-        its row.
+        K is at most k and at most I - 1. Where a query has fewer items that are not blocked, item 0 at -inf ends its
+        row.
         Blocked pairs may lie on the host, which then waits for no device.
         """
         most = int(torch.bincount(blocked_row_N).max()) if len(blocked_row_N) else 0
