@@ -118,6 +118,37 @@ def test_a_model_that_is_down_is_left_alone_and_taken_up_again(events: SqliteEve
     asyncio.run(scenario())
 
 
+def test_one_caller_in_a_hurry_does_not_take_the_model_from_all_others(events: SqliteEventStore) -> None:
+    async def scenario() -> None:
+        model = Model()
+        app = create_app(service(model, events, circuit=CircuitConfig(failures=2, open_s=60)), None)
+        async with client(app) as http:
+            for _ in range(4):
+                answer = await http.post("/v1/recommend", json=ASK, headers={"x-request-timeout-ms": "60"})
+                assert answer.json()["degraded"] is True
+            model.gate.set()
+            assert (await http.post("/v1/recommend", json=ASK)).json()["degraded"] is False
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("header", "timeout_ms"), [({"x-request-timeout-ms": "400"}, 2_000), ({}, 60)])
+def test_a_model_that_had_its_time_is_late(
+    events: SqliteEventStore, header: dict[str, str], timeout_ms: float
+) -> None:
+    async def scenario() -> None:
+        model = Model()
+        app = create_app(service(model, events, circuit=CircuitConfig(failures=2, open_s=60)), None,
+                         Protection(timeout_ms=timeout_ms))  # fmt: skip
+        async with client(app) as http:
+            for _ in range(2):
+                await http.post("/v1/recommend", json=ASK, headers=header)
+            model.gate.set()
+            assert (await http.post("/v1/recommend", json=ASK)).json()["degraded"] is True
+
+    asyncio.run(scenario())
+
+
 def test_beyond_the_queue_the_answer_is_429_at_once(events: SqliteEventStore) -> None:
     async def scenario() -> None:
         model = Model()

@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from elasticrec import __version__
 from elasticrec.serving.admin import admin
-from elasticrec.serving.answers import Answers
+from elasticrec.serving.answers import Answers, fair_s
 from elasticrec.serving.api import (
     ApiError,
     EventsRequest,
@@ -90,7 +90,7 @@ def create_app(service: Service, keys: KeyRing | None, protection: Protection | 
         responses=_PROBLEMS,
         redoc_url=None,
     )
-    app.include_router(_product(service))
+    app.include_router(_product(service, fair_s((protection or Protection()).timeout_ms)))
     app.include_router(_events(service))
     app.include_router(users(lambda: service.model.catalogue, service.events, service.event_thread))
     app.include_router(admin(service.state))
@@ -106,7 +106,7 @@ def _protected() -> APIRouter:
     return APIRouter(prefix="/v1", dependencies=[Security(HTTPBearer(auto_error=False, description="an API key"))])
 
 
-def _product(service: Service) -> APIRouter:
+def _product(service: Service, fair_s: float) -> APIRouter:
     router = _protected()
     questions = Batcher(
         service.recommend,
@@ -114,7 +114,7 @@ def _product(service: Service) -> APIRouter:
         in_flight=service.batches_in_flight,
         max_waiting=service.max_waiting,
     )
-    answers = Answers(questions.submit, service.model.popular, service.circuit, service.meter)
+    answers = Answers(questions.submit, service.model.popular, service.circuit, service.meter, fair_s)
     service.meter.waiting = lambda: questions.waiting
     add_recommendations(router, service, answers.submit)
     add_search(router, service, answers.submit)
