@@ -133,9 +133,7 @@ def test_one_caller_in_a_hurry_does_not_take_the_model_from_all_others(events: S
 
 
 @pytest.mark.parametrize(("header", "timeout_ms"), [({"x-request-timeout-ms": "400"}, 2_000), ({}, 60)])
-def test_a_model_that_had_its_time_is_late(
-    events: SqliteEventStore, header: dict[str, str], timeout_ms: float
-) -> None:
+def test_a_model_that_had_its_time_is_late(events: SqliteEventStore, header: dict[str, str], timeout_ms: float) -> None:
     async def scenario() -> None:
         model = Model()
         app = create_app(service(model, events, circuit=CircuitConfig(failures=2, open_s=60)), None,
