@@ -86,6 +86,21 @@ def test_a_failed_batch_fails_its_own_calls_and_no_others() -> None:
     asyncio.run(scenario())
 
 
+def test_a_question_that_cannot_be_answered_fails_alone() -> None:
+    async def scenario() -> None:
+        worker = Worker()
+        for _ in range(10):
+            worker.go.release()
+        batcher = Batcher(worker.run, max_batch=3, alone=True)
+        tasks = await submit_all(batcher, [1, 13, 2, 3])
+        assert await asyncio.gather(*tasks[:1], *tasks[2:]) == [2, 4, 6]
+        with pytest.raises(ValueError, match="13"):
+            await tasks[1]
+        assert worker.batches == [[1], [13, 2, 3], [13], [2], [3]]
+
+    asyncio.run(scenario())
+
+
 def test_a_caller_that_left_is_not_worked_for() -> None:
     async def scenario() -> None:
         worker = Worker()

@@ -39,9 +39,13 @@ class Batcher(Generic[Q, A]):
         max_batch: int,
         in_flight: int = 1,
         max_waiting: int | None = None,
+        alone: bool = False,
     ) -> None:
-        """`run`: answers in the order of its questions. `in_flight`: batches that may run at the same time."""
+        """`run`: answers in the order of its questions. `in_flight`: batches that may run at the same time. `alone`: of
+        a batch that fails by a ValueError, each question is asked once more by itself, so that a bad one fails alone.
+        """
         self._run = run
+        self._alone = alone
         self._max_waiting = max_waiting
         self._max_batch = max_batch
         self._free = in_flight
@@ -96,6 +100,13 @@ class Batcher(Generic[Q, A]):
         try:
             answers = await self._run([waiting.question for waiting in batch])
             pairs = list(zip(batch, answers, strict=True))
+        except ValueError as error:
+            if not self._alone or len(batch) == 1:
+                _fail(batch, error)
+                return
+            for waiting in batch:
+                await self._answer([waiting])
+            return
         except Exception as error:  # noqa: BLE001 - handed to every caller
             _fail(batch, error)
             return

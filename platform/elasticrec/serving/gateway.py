@@ -113,6 +113,7 @@ def _product(service: Service, fair_s: float) -> APIRouter:
         max_batch=service.max_batch,
         in_flight=service.batches_in_flight,
         max_waiting=service.max_waiting,
+        alone=True,
     )
     answers = Answers(questions.submit, service.model.popular, service.circuit, service.meter, fair_s)
     service.meter.waiting = lambda: questions.waiting
