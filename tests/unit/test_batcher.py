@@ -96,7 +96,7 @@ def test_a_question_that_cannot_be_answered_fails_alone() -> None:
         assert await asyncio.gather(*tasks[:1], *tasks[2:]) == [2, 4, 6]
         with pytest.raises(ValueError, match="13"):
             await tasks[1]
-        assert worker.batches == [[1], [13, 2, 3], [13], [2], [3]]
+        assert worker.batches == [[1, 13, 2], [1], [13], [2], [3]]
 
     asyncio.run(scenario())
 

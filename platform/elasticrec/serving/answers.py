@@ -98,8 +98,8 @@ class Answers:
 
 
 def fair_s(default_timeout_ms: float) -> float:
-    """What the model must have had to be late: 200 ms, or its part of the service's own deadline where that is less."""
-    return min(_FAIR_S, 0.9 * (1 - _RESERVE) * default_timeout_ms / 1e3)  # some is gone before the model is asked
+    """What the model must have had to be late: 200 ms, or half of what the service's own deadline gives it."""
+    return min(_FAIR_S, 0.5 * (1 - _RESERVE) * default_timeout_ms / 1e3)  # some is gone before the model is asked
 
 
 def _time_for_the_model() -> float | None:
