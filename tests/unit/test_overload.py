@@ -1,6 +1,7 @@
 """What a service does when there is too much, or too little time: 429, 504, or what is popular; nothing hangs."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,8 @@ import pytest
 from fastapi import FastAPI
 
 from elasticrec.errors import ConfigError
-from elasticrec.serving.api import OverloadedError, UnavailableError
+from elasticrec.serving.answers import Answers, fair_s
+from elasticrec.serving.api import DeadlineError, OverloadedError, UnavailableError
 from elasticrec.serving.assortment import Assortment
 from elasticrec.serving.audit import Audit
 from elasticrec.serving.auth import KeyRing, StoredKey, create_key, scope_of
@@ -26,6 +28,7 @@ from elasticrec.serving.events import SqliteConfig, SqliteEventStore, user_hash
 from elasticrec.serving.gateway import Service, create_app
 from elasticrec.serving.guard import Protection
 from elasticrec.serving.history import Request
+from elasticrec.serving.meter import Meter
 from elasticrec.serving.postprocess import Chosen, Recommendation
 from elasticrec.serving.rate import Rate, RateConfig
 from tests.contract.redis_server import redis_server
@@ -118,33 +121,28 @@ def test_a_model_that_is_down_is_left_alone_and_taken_up_again(events: SqliteEve
     asyncio.run(scenario())
 
 
-def test_one_caller_in_a_hurry_does_not_take_the_model_from_all_others(events: SqliteEventStore) -> None:
+@pytest.mark.parametrize(("had_s", "state"), [(0.05, "closed"), (0.5, "open")])
+def test_a_model_is_late_only_when_it_had_its_time(had_s: float, state: str) -> None:
     async def scenario() -> None:
-        model = Model()
-        app = create_app(service(model, events, circuit=CircuitConfig(failures=2, open_s=60)), None)
-        async with client(app) as http:
-            for _ in range(4):
-                answer = await http.post("/v1/recommend", json=ASK, headers={"x-request-timeout-ms": "60"})
-                assert answer.json()["degraded"] is True
-            model.gate.set()
-            assert (await http.post("/v1/recommend", json=ASK)).json()["degraded"] is False
+        model = Model()  # which never answers
+        config = CircuitConfig(failures=2, open_s=60)
+
+        async def ask(request: Request) -> Recommendation:
+            return (await model.recommend([request]))[0]
+
+        answers = Answers(ask, model.popular, config, Meter(), fair_s(2_000))
+        for _ in range(3):
+            DEADLINE_S.set(time.monotonic() + had_s)
+            with contextlib.suppress(DeadlineError):
+                assert (await answers.submit(Request(k=1))).degraded
+        assert answers.circuit.state(time.monotonic()) == state
 
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(("header", "timeout_ms"), [({"x-request-timeout-ms": "400"}, 2_000), ({}, 60)])
-def test_a_model_that_had_its_time_is_late(events: SqliteEventStore, header: dict[str, str], timeout_ms: float) -> None:
-    async def scenario() -> None:
-        model = Model()
-        app = create_app(service(model, events, circuit=CircuitConfig(failures=2, open_s=60)), None,
-                         Protection(timeout_ms=timeout_ms))  # fmt: skip
-        async with client(app) as http:
-            for _ in range(2):
-                await http.post("/v1/recommend", json=ASK, headers=header)
-            model.gate.set()
-            assert (await http.post("/v1/recommend", json=ASK)).json()["degraded"] is True
-
-    asyncio.run(scenario())
+def test_what_is_fair_follows_the_deadline_of_the_service() -> None:
+    assert fair_s(2_000) == fair_s(60_000) == 0.2
+    assert 0 < fair_s(100) < 0.07
 
 
 def test_beyond_the_queue_the_answer_is_429_at_once(events: SqliteEventStore) -> None:
@@ -254,9 +252,31 @@ def test_scopes_say_what_a_key_may(events: SqliteEventStore, tmp_path: Path) -> 
 def test_what_is_not_known_is_administrative() -> None:
     assert scope_of("PUT", "/v1/items/a") == scope_of("DELETE", "/v1/items/a") == "admin"
     assert scope_of("POST", "/v1/new") == scope_of("PATCH", "/") == "admin"
+    for method in ("GET", "HEAD", "OPTIONS"):
+        for path in ("/v1/brandnew", "/v1/search2", "/v1/items", "/v1/usersx/a", "/", "/v1/admin/replica", "/metrics"):
+            assert scope_of(method, path) == "admin", (method, path)
+    for path in ("/v1/recommend-secret", "/v1/recommendations-secret", "/v1/recommend/", "/v1/search", "/v1/events/x"):
+        assert scope_of("POST", path) == "admin", path
+    assert scope_of("GET", "/v1/items/a/b\n/similar") == scope_of("GET", "/v1/users/a/b") == "read"
+    assert scope_of("POST", "/v1/events") == "events"
+    assert scope_of("POST", "/v1/recommend") == "read"
     assert scope_of("POST", "/v1/recommend:batch") == scope_of("GET", "/v1/search") == "read"
     with pytest.raises(ConfigError, match=r"has the scope 'reed'.*did you mean 'read'"):
         StoredKey(name="x", sha256="", created="", scopes=("reed",))  # type: ignore[arg-type]
+
+
+def test_every_route_is_as_open_as_its_scope_says(events: SqliteEventStore) -> None:
+    model = Model()
+    app = create_app(service(model, events), None)
+    needed = {
+        (method.upper(), path): scope_of(method.upper(), path.replace("{", "").replace("}", ""))
+        for path, methods in app.openapi()["paths"].items() if path.startswith("/v1/")
+        for method in methods
+    }  # fmt: skip
+    admin = {route for route, scope in needed.items() if scope == "admin"}
+    assert {f"{method} {path.rsplit('/', 1)[0]}" for method, path in admin} == {
+        "PUT /v1/items", "DELETE /v1/items", "DELETE /v1/users", "GET /v1/admin",
+    }  # fmt: skip
 
 
 def test_answers_carry_request_ids_and_security_headers(events: SqliteEventStore) -> None:
