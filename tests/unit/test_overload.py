@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -242,11 +244,45 @@ def test_scopes_say_what_a_key_may(events: SqliteEventStore, tmp_path: Path) -> 
         lines = audit.read_text().splitlines()
         assert len(lines) == 6  # two calls by three keys, the refused ones as well
         assert f"DELETE /v1/users/{user_hash('ann')}" in lines[-2]
-        assert '"who": "admin"' in lines[-2]
+        assert [json.loads(line)["who"] for line in lines] == ["read"] * 2 + ["events"] * 2 + ["admin"] * 2
         assert '"status": 200' in lines[-2]
         assert "/ann" not in audit.read_text()
 
     asyncio.run(scenario())
+
+
+def test_whoever_has_no_key_writes_nothing_to_the_audit(
+    events: SqliteEventStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    threads: list[str] = []
+
+    class Watched(Audit):
+        def write(self, *line: Any) -> None:
+            threads.append(threading.current_thread().name)
+            super().write(*line)
+
+    async def scenario() -> None:
+        key = create_key(tmp_path / "keys.json", "shop", ("read",))
+        app = create_app(service(Model(), events), KeyRing(tmp_path / "keys.json"), Protection(audit=Watched(audit)))
+        async with client(app) as http:
+            for headers in ({}, {"x-api-key": "er_wrong"}):
+                assert (await http.delete("/v1/users/ann", headers=headers)).status_code == 401
+                assert (await http.get("/v1/new/" + "x" * 5_000, headers=headers)).status_code == 401
+            assert audit.read_text() == ""
+            long = "/v1/new/" + "é" * 5_000
+            assert (await http.get(long, headers={"x-api-key": key})).status_code == 403
+
+    audit = tmp_path / "audit.jsonl"
+    with caplog.at_level("INFO", logger="ray.serve"):
+        asyncio.run(scenario())
+    (line,) = audit.read_text().splitlines()
+    assert json.loads(line)["who"] == "shop"
+    assert len(line) < 400
+    assert threading.main_thread().name not in threads
+    refused = [record.getMessage() for record in caplog.records if "refused for its key" in record.getMessage()]
+    assert len(refused) == 4
+    assert user_hash("ann") in refused[0]
+    assert all(len(text) < 300 and "/ann" not in text for text in refused)
 
 
 def test_what_is_not_known_is_administrative() -> None:
