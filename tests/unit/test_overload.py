@@ -25,7 +25,7 @@ from elasticrec.serving.auth import KeyRing, StoredKey, create_key, scope_of
 from elasticrec.serving.batcher import Batcher
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.circuit import CircuitConfig
-from elasticrec.serving.deadline import DEADLINE_S
+from elasticrec.serving.deadline import DEADLINE_S, left_s
 from elasticrec.serving.events import SqliteConfig, SqliteEventStore, user_hash
 from elasticrec.serving.gateway import Service, create_app
 from elasticrec.serving.guard import Protection
@@ -33,6 +33,7 @@ from elasticrec.serving.history import Request
 from elasticrec.serving.meter import Meter
 from elasticrec.serving.postprocess import Chosen, Recommendation
 from elasticrec.serving.rate import Rate, RateConfig
+from elasticrec.serving.readiness import Readiness
 from tests.contract.redis_server import redis_server
 
 
@@ -315,6 +316,45 @@ def test_every_route_is_as_open_as_its_scope_says(events: SqliteEventStore) -> N
     }  # fmt: skip
 
 
+def test_however_many_ask_whether_it_is_ready_the_model_is_asked_once(events: SqliteEventStore) -> None:
+    async def scenario() -> None:
+        model = Model()
+        app = create_app(service(model, events), None)
+        async with client(app) as http:
+            asking = [asyncio.create_task(http.get("/readyz")) for _ in range(20)]
+            while not model.asked:
+                await asyncio.sleep(0.01)
+            asking[0].cancel()  # whoever asked first may leave
+            model.gate.set()
+            assert [(await one).status_code for one in asking[1:]] == [200] * 19
+            assert (await http.get("/readyz")).status_code == 200
+            assert model.asked == 1
+
+    asyncio.run(scenario())
+
+
+def test_what_is_wrong_is_told_for_a_while_then_tried_again() -> None:
+    async def scenario() -> None:
+        lefts: list[float | None] = []
+        gate = asyncio.Event()
+
+        async def trial() -> None:
+            lefts.append(left_s())
+            await gate.wait()
+
+        readiness = Readiness(trial, timeout_s=0.05, fresh_s=0.2)
+        for _ in range(3):
+            with pytest.raises(UnavailableError, match=r"did not answer within 0\.05 s"):
+                await readiness.require()
+        gate.set()
+        await asyncio.sleep(0.25)
+        await readiness.require()
+        assert len(lefts) == 2
+        assert all(left is not None and left <= 0.05 for left in lefts)
+
+    asyncio.run(scenario())
+
+
 def test_answers_carry_request_ids_and_security_headers(events: SqliteEventStore) -> None:
     async def scenario() -> None:
         async with client(create_app(service(Model(), events), None)) as http:
@@ -362,6 +402,21 @@ def test_a_rate_in_redis_counts_for_all_replicas_and_its_outage_stops_nobody() -
         await replicas[0].require("one")
         for replica in replicas:
             await replica.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_rate_store_that_hangs_holds_nobody_up() -> None:
+    async def scenario() -> None:
+        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            rate = Rate(RateConfig(limit="4/minute", store=f"redis://127.0.0.1:{port}/0"))
+            await asyncio.wait_for(rate.require("one"), 3)
+            await rate.close()
 
     asyncio.run(scenario())
 

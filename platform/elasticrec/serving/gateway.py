@@ -40,6 +40,7 @@ from elasticrec.serving.history import Request
 from elasticrec.serving.item_routes import add_items
 from elasticrec.serving.items import ItemStoreError
 from elasticrec.serving.postprocess import Recommendation
+from elasticrec.serving.readiness import Readiness
 from elasticrec.serving.recommend_routes import add_recommendations
 from elasticrec.serving.search_routes import add_search
 from elasticrec.serving.service import Service
@@ -146,18 +147,19 @@ def _events(service: Service) -> APIRouter:
 def _health(service: Service) -> APIRouter:
     router = APIRouter()
 
+    async def trial() -> None:
+        popular, _ = service.model.catalogue.label(1)  # past the batcher: a full queue is busy, not broken
+        await service.recommend([Request(k=1, user_id="", history=(popular,))])
+
+    readiness = Readiness(trial, READY_TIMEOUT_S)
+
     @router.get("/healthz", summary="The process answers")
     async def healthz() -> HealthResponse:
         return HealthResponse(status="ok", model_version=service.model.version)
 
     @router.get("/readyz", summary="The event store and the model answer")
     async def readyz() -> HealthResponse:
-        popular, _ = service.model.catalogue.label(1)
-        try:
-            async with asyncio.timeout(READY_TIMEOUT_S):  # past the batcher: a full queue is busy, not broken
-                await service.recommend([Request(k=1, user_id="", history=(popular,))])
-        except TimeoutError:
-            raise UnavailableError(f"the model did not answer within {READY_TIMEOUT_S:g} s") from None
+        await readiness.require()
         refused = [
             "/".join(uri.rstrip("/").split("/")[-2:]) for uri in service.refused()
         ]  # places are nobody's business
