@@ -195,7 +195,7 @@ class RedisEventStore:
             if place % _LOADED_EVENTS == 0:
                 count += sum(pipeline.execute())
                 self._server.expire(self._key("seeding"), _SEED_LOCK_S)
-        return count + sum(pipeline.execute())
+        return count + int(sum(pipeline.execute()))
 
     def _remove(self, generation: str) -> None:
         for key in self._server.scan_iter(_escaped(self._key("seed", generation, "")) + "*", count=1_000):
