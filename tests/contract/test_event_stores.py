@@ -10,10 +10,12 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import redis
 
 from elasticrec.data.sequences import Sequences, write_store
 from elasticrec.errors import InputError
@@ -26,6 +28,7 @@ from elasticrec.serving.events import (
     StoredEvent,
     seed_from,
 )
+from elasticrec.serving.redis_events import RedisEventStore
 from elasticrec.serving.stores import open_events
 from tests.contract.redis_server import RedisServer, redis_server
 
@@ -368,6 +371,49 @@ def test_a_redis_that_may_lose_events_is_refused() -> None:
         store.close()
     with pytest.raises(EventStoreError, match="is Redis up"):
         open_events(careless.url)
+
+
+def test_replicas_are_waited_for_on_the_connection_that_wrote(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """WAIT on another connection of the pool says nothing of the write."""
+    store = open_events(f"{server.fresh()}&wait_replicas=1")
+    assert isinstance(store, RedisEventStore)
+    pool, taken = store._server.connection_pool, []
+    take = pool.get_connection
+
+    def watched(*args: Any, **options: Any) -> Any:
+        taken.append(take(*args, **options))
+        return taken[-1]
+
+    monkeypatch.setattr(pool, "get_connection", watched)
+    for write in (lambda: store.append([event("ann", "a")]), lambda: store.erase("ann")):
+        for _ in range(2):
+            taken.clear()
+            with pytest.raises(EventStoreError, match="0 replicas of the events"):
+                write()
+            assert len(taken) == 1
+    store.close()
+
+
+def test_who_is_erased_while_a_data_set_is_loaded_stays_away(server: RedisServer) -> None:
+    store = open_events(server.fresh())
+    other = open_events(server.url)
+
+    def loading() -> Iterator[StoredEvent]:
+        yield from [event("bob", "a"), *(event("eve", "a") for _ in range(2_000))]  # these are on the server
+        other.erase("bob")
+        other.erase("ann")
+        yield event("ann", "b")
+        yield event("zoe", "b")
+
+    assert store.seed("monday", loading()) == 2_002
+    with redis.Redis.from_url(server.url, decode_responses=True) as client:
+        kept = {key.rpartition(":")[2] for key in client.keys("elasticrec:seed:*")}
+        assert kept == {"eve", "zoe"}
+        assert "loading" not in client.hgetall("elasticrec:seed")
+    store.close()
+    other.close()
 
 
 def test_a_password_is_not_shown() -> None:

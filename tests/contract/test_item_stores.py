@@ -8,11 +8,13 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from elasticrec.serving.events import SqliteConfig, SqliteEventStore
 from elasticrec.serving.items import Change, ItemStore, ItemStoreError, SqliteItemStore, StoredItem
+from elasticrec.serving.redis_items import RedisItemStore
 from elasticrec.serving.stores import open_items
 from tests.contract.redis_server import RedisServer, redis_server
 
@@ -181,6 +183,25 @@ def test_items_and_events_share_a_file(tmp_path: Path) -> None:
     assert items.revision() == 1
     events.close()
     items.close()
+
+
+def test_replicas_are_waited_for_on_the_connection_that_wrote(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_items(f"{server.fresh()}&wait_replicas=1")
+    assert isinstance(store, RedisItemStore)
+    pool, taken = store._server.connection_pool, []
+    take = pool.get_connection
+
+    def watched(*args: Any, **options: Any) -> Any:
+        taken.append(take(*args, **options))
+        return taken[-1]
+
+    monkeypatch.setattr(pool, "get_connection", watched)
+    with pytest.raises(ItemStoreError, match="too few replicas of the change: 0"):
+        store.put(SHIRT)
+    assert len(taken) == 1
+    store.close()
 
 
 def test_a_redis_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 """The batcher: nobody waits for company, nobody is lost, and a batch fails together."""
 
 import asyncio
+import contextvars
 from collections.abc import Sequence
 
 import pytest
 
+from elasticrec.serving.api import UnavailableError
 from elasticrec.serving.batcher import Batcher
+
+CALLER: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="none")
 
 
 class Worker:
@@ -82,6 +86,21 @@ def test_a_failed_batch_fails_its_own_calls_and_no_others() -> None:
     asyncio.run(scenario())
 
 
+def test_a_question_that_cannot_be_answered_fails_alone() -> None:
+    async def scenario() -> None:
+        worker = Worker()
+        for _ in range(10):
+            worker.go.release()
+        batcher = Batcher(worker.run, max_batch=3, alone=True)
+        tasks = await submit_all(batcher, [1, 13, 2, 3])
+        assert await asyncio.gather(*tasks[:1], *tasks[2:]) == [2, 4, 6]
+        with pytest.raises(ValueError, match="13"):
+            await tasks[1]
+        assert worker.batches == [[1, 13, 2], [1], [13], [2], [3]]
+
+    asyncio.run(scenario())
+
+
 def test_a_caller_that_left_is_not_worked_for() -> None:
     async def scenario() -> None:
         worker = Worker()
@@ -105,5 +124,37 @@ def test_a_worker_that_answers_too_few_is_an_error_and_no_hang() -> None:
     async def scenario() -> None:
         with pytest.raises(ValueError, match="shorter"):
             await asyncio.wait_for(Batcher(too_few, max_batch=2).submit(1), timeout=5)
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_runs_in_no_callers_context() -> None:
+    async def who(numbers: Sequence[int]) -> list[str]:
+        return [CALLER.get()] * len(numbers)
+
+    async def scenario() -> None:
+        CALLER.set("ann")
+        assert await Batcher(who, max_batch=2).submit(1) == "none"
+
+    asyncio.run(scenario())
+
+
+def test_callers_of_a_cancelled_batch_are_told_and_the_next_ones_answered() -> None:
+    async def scenario() -> None:
+        worker = Worker()
+        ended = [True]
+
+        async def run(numbers: Sequence[int]) -> list[int]:
+            if ended and ended.pop():
+                raise asyncio.CancelledError
+            return await worker.run(numbers)
+
+        batcher = Batcher(run, max_batch=1)
+        tasks = await submit_all(batcher, [1, 2])
+        for task in tasks:
+            with pytest.raises(UnavailableError, match="was ended"):
+                await asyncio.wait_for(task, 5)
+        worker.go.release()
+        assert await asyncio.wait_for(batcher.submit(3), 5) == 6
 
     asyncio.run(scenario())

@@ -1,6 +1,9 @@
 """What a service does when there is too much, or too little time: 429, 504, or what is popular; nothing hangs."""
 
 import asyncio
+import contextlib
+import json
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,20 +17,23 @@ import pytest
 from fastapi import FastAPI
 
 from elasticrec.errors import ConfigError
-from elasticrec.serving.api import OverloadedError, UnavailableError
+from elasticrec.serving.answers import Answers, fair_s
+from elasticrec.serving.api import DeadlineError, OverloadedError, UnavailableError
 from elasticrec.serving.assortment import Assortment
 from elasticrec.serving.audit import Audit
 from elasticrec.serving.auth import KeyRing, StoredKey, create_key, scope_of
 from elasticrec.serving.batcher import Batcher
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.circuit import CircuitConfig
-from elasticrec.serving.deadline import DEADLINE_S
+from elasticrec.serving.deadline import DEADLINE_S, left_s
 from elasticrec.serving.events import SqliteConfig, SqliteEventStore, user_hash
 from elasticrec.serving.gateway import Service, create_app
 from elasticrec.serving.guard import Protection
 from elasticrec.serving.history import Request
+from elasticrec.serving.meter import Meter
 from elasticrec.serving.postprocess import Chosen, Recommendation
 from elasticrec.serving.rate import Rate, RateConfig
+from elasticrec.serving.readiness import Readiness
 from tests.contract.redis_server import redis_server
 
 
@@ -116,6 +122,30 @@ def test_a_model_that_is_down_is_left_alone_and_taken_up_again(events: SqliteEve
             assert model.asked == 4
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("had_s", "state"), [(0.05, "closed"), (0.5, "open")])
+def test_a_model_is_late_only_when_it_had_its_time(had_s: float, state: str) -> None:
+    async def scenario() -> None:
+        model = Model()  # which never answers
+        config = CircuitConfig(failures=2, open_s=60)
+
+        async def ask(request: Request) -> Recommendation:
+            return (await model.recommend([request]))[0]
+
+        answers = Answers(ask, model.popular, config, Meter(), fair_s(2_000))
+        for _ in range(3):
+            DEADLINE_S.set(time.monotonic() + had_s)
+            with contextlib.suppress(DeadlineError):
+                assert (await answers.submit(Request(k=1))).degraded
+        assert answers.circuit.state(time.monotonic()) == state
+
+    asyncio.run(scenario())
+
+
+def test_what_is_fair_follows_the_deadline_of_the_service() -> None:
+    assert fair_s(2_000) == fair_s(60_000) == 0.2
+    assert 0 < fair_s(100) < 0.07
 
 
 def test_beyond_the_queue_the_answer_is_429_at_once(events: SqliteEventStore) -> None:
@@ -215,19 +245,114 @@ def test_scopes_say_what_a_key_may(events: SqliteEventStore, tmp_path: Path) -> 
         lines = audit.read_text().splitlines()
         assert len(lines) == 6  # two calls by three keys, the refused ones as well
         assert f"DELETE /v1/users/{user_hash('ann')}" in lines[-2]
-        assert '"who": "admin"' in lines[-2]
+        assert [json.loads(line)["who"] for line in lines] == ["read"] * 2 + ["events"] * 2 + ["admin"] * 2
         assert '"status": 200' in lines[-2]
         assert "/ann" not in audit.read_text()
 
     asyncio.run(scenario())
 
 
+def test_whoever_has_no_key_writes_nothing_to_the_audit(
+    events: SqliteEventStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    threads: list[str] = []
+
+    class Watched(Audit):
+        def write(self, *line: Any) -> None:
+            threads.append(threading.current_thread().name)
+            super().write(*line)
+
+    async def scenario() -> None:
+        key = create_key(tmp_path / "keys.json", "shop", ("read",))
+        app = create_app(service(Model(), events), KeyRing(tmp_path / "keys.json"), Protection(audit=Watched(audit)))
+        async with client(app) as http:
+            for headers in ({}, {"x-api-key": "er_wrong"}):
+                assert (await http.delete("/v1/users/ann", headers=headers)).status_code == 401
+                assert (await http.get("/v1/new/" + "x" * 5_000, headers=headers)).status_code == 401
+            assert audit.read_text() == ""
+            long = "/v1/new/" + "é" * 5_000
+            assert (await http.get(long, headers={"x-api-key": key})).status_code == 403
+
+    audit = tmp_path / "audit.jsonl"
+    with caplog.at_level("INFO", logger="ray.serve"):
+        asyncio.run(scenario())
+    (line,) = audit.read_text().splitlines()
+    assert json.loads(line)["who"] == "shop"
+    assert len(line) < 400
+    assert threading.main_thread().name not in threads
+    refused = [record.getMessage() for record in caplog.records if "refused for its key" in record.getMessage()]
+    assert len(refused) == 4
+    assert user_hash("ann") in refused[0]
+    assert all(len(text) < 300 and "/ann" not in text for text in refused)
+
+
 def test_what_is_not_known_is_administrative() -> None:
     assert scope_of("PUT", "/v1/items/a") == scope_of("DELETE", "/v1/items/a") == "admin"
     assert scope_of("POST", "/v1/new") == scope_of("PATCH", "/") == "admin"
+    for method in ("GET", "HEAD", "OPTIONS"):
+        for path in ("/v1/brandnew", "/v1/search2", "/v1/items", "/v1/usersx/a", "/", "/v1/admin/replica", "/metrics"):
+            assert scope_of(method, path) == "admin", (method, path)
+    for path in ("/v1/recommend-secret", "/v1/recommendations-secret", "/v1/recommend/", "/v1/search", "/v1/events/x"):
+        assert scope_of("POST", path) == "admin", path
+    assert scope_of("GET", "/v1/items/a/b\n/similar") == scope_of("GET", "/v1/users/a/b") == "read"
+    assert scope_of("POST", "/v1/events") == "events"
+    assert scope_of("POST", "/v1/recommend") == "read"
     assert scope_of("POST", "/v1/recommend:batch") == scope_of("GET", "/v1/search") == "read"
     with pytest.raises(ConfigError, match=r"has the scope 'reed'.*did you mean 'read'"):
         StoredKey(name="x", sha256="", created="", scopes=("reed",))  # type: ignore[arg-type]
+
+
+def test_every_route_is_as_open_as_its_scope_says(events: SqliteEventStore) -> None:
+    model = Model()
+    app = create_app(service(model, events), None)
+    needed = {
+        (method.upper(), path): scope_of(method.upper(), path.replace("{", "").replace("}", ""))
+        for path, methods in app.openapi()["paths"].items() if path.startswith("/v1/")
+        for method in methods
+    }  # fmt: skip
+    admin = {route for route, scope in needed.items() if scope == "admin"}
+    assert {f"{method} {path.rsplit('/', 1)[0]}" for method, path in admin} == {
+        "PUT /v1/items", "DELETE /v1/items", "DELETE /v1/users", "GET /v1/admin",
+    }  # fmt: skip
+
+
+def test_however_many_ask_whether_it_is_ready_the_model_is_asked_once(events: SqliteEventStore) -> None:
+    async def scenario() -> None:
+        model = Model()
+        app = create_app(service(model, events), None)
+        async with client(app) as http:
+            asking = [asyncio.create_task(http.get("/readyz")) for _ in range(20)]
+            while not model.asked:
+                await asyncio.sleep(0.01)
+            asking[0].cancel()  # whoever asked first may leave
+            model.gate.set()
+            assert [(await one).status_code for one in asking[1:]] == [200] * 19
+            assert (await http.get("/readyz")).status_code == 200
+            assert model.asked == 1
+
+    asyncio.run(scenario())
+
+
+def test_what_is_wrong_is_told_for_a_while_then_tried_again() -> None:
+    async def scenario() -> None:
+        lefts: list[float | None] = []
+        gate = asyncio.Event()
+
+        async def trial() -> None:
+            lefts.append(left_s())
+            await gate.wait()
+
+        readiness = Readiness(trial, timeout_s=0.05, fresh_s=0.2)
+        for _ in range(3):
+            with pytest.raises(UnavailableError, match=r"did not answer within 0\.05 s"):
+                await readiness.require()
+        gate.set()
+        await asyncio.sleep(0.25)
+        await readiness.require()
+        assert len(lefts) == 2
+        assert all(left is not None and left <= 0.05 for left in lefts)
+
+    asyncio.run(scenario())
 
 
 def test_answers_carry_request_ids_and_security_headers(events: SqliteEventStore) -> None:
@@ -277,6 +402,21 @@ def test_a_rate_in_redis_counts_for_all_replicas_and_its_outage_stops_nobody() -
         await replicas[0].require("one")
         for replica in replicas:
             await replica.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_rate_store_that_hangs_holds_nobody_up() -> None:
+    async def scenario() -> None:
+        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            rate = Rate(RateConfig(limit="4/minute", store=f"redis://127.0.0.1:{port}/0"))
+            await asyncio.wait_for(rate.require("one"), 3)
+            await rate.close()
 
     asyncio.run(scenario())
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from elasticrec.artifact.bundle import Bundle, open_bundle, verify_bundle, write_bundle
 from elasticrec.artifact.registry import Move, Reference, Registry, parse_reference, resolve_reference, trail
-from elasticrec.errors import BundleError, RegistryError
+from elasticrec.cli.registry import promote, rollback
+from elasticrec.errors import BundleError, ConfigError, RegistryError
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
 
@@ -251,3 +252,19 @@ def test_many_publishers_never_share_a_version_or_lose_a_move(tmp_path: Path, bu
         assert own == list(range(20))
     for version in registry.versions("films"):
         verify_bundle(registry.resolve("films", version))
+
+
+@pytest.mark.parametrize("label", ["canary", "shadow"])
+def test_a_share_is_never_promoted_in_place_of_production(
+    registry: Registry, label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    root = registry.root.uri
+    registry.set_label("films", label, "1")
+    registry.set_label("films", label, "2")
+    for move in (lambda: promote("films", "3", root, label), lambda: rollback("films", root, label)):
+        with pytest.raises(ConfigError, match=f"move it with 'elasticrec registry {label} "):
+            move()
+    assert registry.labels("films") == {label: "2"}
+    promote("films", "3", root)
+    assert registry.labels("films")["production"] == "3"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from elasticrec.artifact.bundle import Bundle, open_bundle, write_bundle
 from elasticrec.artifact.golden import differences, golden_answers, parse_golden, past_of, render_golden
 from elasticrec.artifact.registry import Registry
+from elasticrec.cli.rollout import Application, RolloutError, answered
 from elasticrec.errors import BundleError, ConfigError
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
@@ -297,3 +298,41 @@ def test_a_damaged_bundle_is_refused_by_its_checksum(registry: Registry) -> None
         assert versions.version == "1"
 
     asyncio.run(scenario())
+
+
+WANTED = Rollout(production="b")
+TOOK: dict[str, object] = {"asked": WANTED.plain(), "refused": {}, "live": WANTED.plain()}
+MODEL_TOOK: dict[str, object] = {"asked": WANTED.plain(), "refused": {}}
+
+
+def test_a_rollout_is_done_when_every_deployment_answered() -> None:
+    before: dict[str, object] = TOOK | {"asked": Rollout(production="a").plain()}
+    both = {"GatewayReplica": [TOOK, TOOK], "ModelReplica": [MODEL_TOOK]}
+    assert answered(both, WANTED, checks=True)
+    for states in (
+        both | {"ModelReplica": None},
+        both | {"GatewayReplica": [TOOK, before]},
+        {"RecommenderReplica": None},
+    ):
+        for checks in (True, False):
+            assert not answered(states, WANTED, checks=checks), states
+    with pytest.raises(RolloutError, match="it is bad"):
+        answered(both | {"ModelReplica": [MODEL_TOOK | {"refused": {"b": "it is bad"}}]}, WANTED, checks=True)
+
+
+def test_a_bundle_that_no_replica_checked_is_not_rolled_out() -> None:
+    for states in ({}, {"RecommenderReplica": []}, {"GatewayReplica": [TOOK], "ModelReplica": []}):
+        with pytest.raises(RolloutError, match=r"no replica of .* runs that could check the bundle"):
+            answered(states, WANTED, checks=True)  # type: ignore[arg-type]
+    assert answered({"GatewayReplica": [TOOK], "ModelReplica": []}, WANTED, checks=False)  # once they did
+
+
+def test_what_is_live_is_told_by_those_who_know() -> None:
+    class Told(Application):
+        def _states(self):  # type: ignore[no-untyped-def]
+            return {"GatewayReplica": None, "ModelReplica": [MODEL_TOOK]}
+
+        def _deployed(self):  # type: ignore[no-untyped-def]
+            return {"deployments": [{"user_config": Rollout(production="a").plain()}]}
+
+    assert Told(name="app", client=None).current() == Rollout(production="a")

@@ -19,10 +19,14 @@ from elasticrec.artifact.bundle import Bundle, write_bundle
 from elasticrec.model.content import ContentTower
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
+from elasticrec.serving.api import MAX_OFFSET
 from elasticrec.serving.caching import matches, takes_gzip
+from elasticrec.serving.cursor import encode_cursor
 from elasticrec.serving.events import SqliteConfig, SqliteEventStore
 from elasticrec.serving.gateway import Service, create_app, in_thread
+from elasticrec.serving.history import Background
 from elasticrec.serving.items import SqliteItemStore
+from elasticrec.serving.postprocess import Postprocess
 from elasticrec.serving.recommender import Recommender
 
 N_ITEMS = 50
@@ -126,6 +130,23 @@ def test_pages_by_cursor_and_by_offset(app: FastAPI) -> None:
     assert found == whole
     assert item_ids(recommend(app, history=["i2"], k=9, offset=40)) == whole[40:]
     assert item_ids(recommend(app, history=["i2"], k=9, offset=1000)) == []
+
+
+def test_a_forged_cursor_never_reaches_the_model(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    finish = Postprocess._page
+
+    def page(self: Postprocess, background: Background, *rest: Any) -> Any:
+        asked.append(background.request.offset)
+        return finish(self, background, *rest)
+
+    monkeypatch.setattr(Postprocess, "_page", page)
+    for offset in (MAX_OFFSET + 1, 2**32 - 1):
+        forged = encode_cursor(offset, "whatever")
+        answer = call(app, "POST", "/v1/recommend", json={"history": ["i2"], "cursor": forged})
+        assert answer.status_code == 409
+        assert answer.json()["type"].endswith("/other-cursor")
+    assert asked == []
 
 
 def test_a_cursor_belongs_to_its_question(app: FastAPI) -> None:

@@ -128,6 +128,17 @@ def test_a_mask_says_of_all_items_what_the_rule_says_of_each(filters: Filters) -
     assert not mask_I[0]
 
 
+def test_whole_numbers_beyond_those_of_floats_are_compared_as_floats() -> None:
+    codes = [2**53 + 1, 2**62 + 1, 5, *range(10, N_ITEMS + 7)]
+    catalogue = Catalogue(item_table().append_column("code", pa.array(codes, pa.int64())))
+    for rule in ({"any": [float(2**53)]}, {"none": [5]}, {"min": 2.0**53}, {"max": 2.0**62}, {"min": 2.0**62}):
+        filters = Filters.model_validate({"attributes": {"code": rule}})
+        expected = [allows(filters, catalogue.item(index)) for index in range(1, N_ITEMS + 1)]
+        assert Masks(catalogue).mask(filters)[1:].tolist() == expected, rule
+    wanted = Filters.model_validate({"attributes": {"code": {"min": 2.0**53}}})
+    assert Masks(catalogue).mask(wanted)[1:].tolist() == [True, True] + [False] * (N_ITEMS - 2)
+
+
 def test_rules_by_hand() -> None:
     item = Catalogue(item_table()).item(30)
     assert item.attributes == {"colour": "red", "price": 30.0, "new": False}

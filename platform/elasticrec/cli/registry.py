@@ -48,10 +48,11 @@ def promote(
         name: of the model.
         version: a version, a label, or `latest`.
         root: folder or URI of the registry.
-        label: the label that moves.
+        label: the label that moves; canary and shadow have commands of their own.
         reason: kept in the label's history.
         app: the application on the cluster of RAY_ADDRESS that is told.
     """
+    _require_answering(label)
     registry = Registry(root)
     chosen = registry.version_of(name, version)
     uri = registry.resolve(name, chosen)
@@ -72,10 +73,11 @@ def rollback(
     Args:
         name: of the model.
         root: folder or URI of the registry.
-        label: the label that moves.
+        label: the label that moves; canary and shadow have commands of their own.
         reason: kept in the label's history.
         app: the application on the cluster of RAY_ADDRESS that is told.
     """
+    _require_answering(label)
     registry = Registry(root)
     uri = registry.resolve(name, registry.version_before(name, label))
     _move(
@@ -134,6 +136,15 @@ def list_versions(root: str = DEFAULT_ROOT) -> None:
         for version in registry.versions(name):
             marks = sorted(label for label, at in labels.items() if at == version)
             print(f"{name}@{version}" + (f"  {', '.join(marks)}" if marks else ""))
+
+
+def _require_answering(label: str) -> None:
+    """Raises ConfigError for a label that answers beside production: it must never take production's place."""
+    if label in (CANARY, SHADOW):
+        raise ConfigError(
+            f"--label is '{label}', which takes a share beside production; move it with 'elasticrec registry {label} "
+            "--percent …', and end it with --percent 0"
+        )
 
 
 def _part(part: str, name: str, version: str, percent: float, root: str, reason: str, app: str) -> None:

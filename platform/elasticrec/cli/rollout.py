@@ -6,7 +6,7 @@ nothing (`serve.run()` would). What replicas made of it they tell themselves, ea
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -19,6 +19,8 @@ from elasticrec.serving.rollout import Rollout, settled, staged
 
 _POLL_S: Final = 0.2
 Change = Callable[[Rollout], Rollout]
+# By deployment, what each of its replicas says; none where they run and do not answer, empty where none runs.
+States = Mapping[str, Sequence[Mapping[str, Any]] | None]
 
 
 class RolloutError(ElasticRecError, RuntimeError):
@@ -40,9 +42,9 @@ class Application:
 
     def current(self) -> Rollout:
         """What it was last told to serve."""
-        states = self._states()
-        if states:
-            return Rollout.of(states[0]["live"])
+        for state in (state for states in self._states().values() for state in states or ()):
+            if "live" in state:  # one that has just begun has not
+                return Rollout.of(state["live"])
         deployments = self._deployed().get("deployments") or []
         told = [entry["user_config"] for entry in deployments if entry.get("user_config")]
         if not told:
@@ -53,11 +55,11 @@ class Application:
         """Everywhere loaded and checked, then `between`, then everywhere live.
 
         Raises:
-            RolloutError: a replica refuses a bundle; the application holds what it held before.
+            RolloutError: a replica refuses a bundle, or none runs to check it; the application keeps what it held.
         """
         live = self.current()
         try:
-            self._tell(replace(staged(live, wanted)))
+            self._tell(staged(live, wanted), checks=True)
         except RolloutError:
             self._deploy(live)
             raise
@@ -65,16 +67,11 @@ class Application:
         self._tell(replace(wanted, held=staged(wanted, live).held))  # answers under way may still ask for what was
         self._tell(settled(live, wanted))
 
-    def _tell(self, rollout: Rollout) -> None:
+    def _tell(self, rollout: Rollout, *, checks: bool = False) -> None:
         self._deploy(rollout)
         deadline_s = time.monotonic() + self.timeout_s
         while time.monotonic() < deadline_s:
-            states = self._states()
-            refused = {uri: reason for state in states for uri, reason in state["refused"].items()}
-            asked = [state["asked"] == rollout.plain() for state in states]
-            if refused and any(asked):
-                raise RolloutError("; ".join(refused.values()))
-            if all(asked) and self._is_settled():
+            if answered(self._states(), rollout, checks=checks) and self._is_settled():
                 return
             time.sleep(_POLL_S)
         raise RolloutError(
@@ -103,24 +100,47 @@ class Application:
             raise RolloutError(f"application '{self.name}' failed: {found.get('message', 'no reason given')}")
         return all(entry["status"] == "HEALTHY" for entry in found["deployments"].values())
 
-    def _states(self) -> list[dict[str, Any]]:
-        """What each replica says of itself, gateways first; none while the application is scaled to zero."""
+    def _states(self) -> States:
+        """What each replica says of itself, gateways first."""
         from ray import serve
         from ray.serve.exceptions import DeploymentUnavailableError
 
-        names = self.client.get_serve_details()["applications"][self.name]["deployments"]
-        states: list[dict[str, Any]] = []
-        for name in sorted(names, key=lambda name: name == "ModelReplica"):
+        deployments = self.client.get_serve_details()["applications"][self.name]["deployments"]
+        states: dict[str, list[dict[str, Any]] | None] = {}
+        for name in sorted(deployments, key=lambda name: name == "ModelReplica"):
+            if all(replica["state"] == "STOPPING" for replica in deployments[name].get("replicas") or ()):
+                states[name] = []
+                continue
             try:
                 handle = serve.get_deployment_handle(name, self.name)
-                states += handle.broadcast("rollout_state").results(timeout_s=30)
+                states[name] = list(handle.broadcast("rollout_state").results(timeout_s=30)) or None
             except (DeploymentUnavailableError, TimeoutError):
-                continue
+                states[name] = None
         return states
 
     def _deployed(self) -> dict[str, Any]:
         deployed: dict[str, Any] = self.client.get_serve_details()["applications"][self.name]["deployed_app_config"]
         return deployed
+
+
+def answered(states: States, rollout: Rollout, *, checks: bool) -> bool:
+    """Whether all replicas were told and took it; a deployment that has replicas and does not answer did not yet.
+
+    Raises:
+        RolloutError: one that was told refuses a bundle; or, where they are to check it, a deployment has none.
+    """
+    idle = [name for name, found in states.items() if found is not None and not found]
+    if checks and (idle or not states):
+        raise RolloutError(
+            f"no replica of {', '.join(idle) or 'any deployment'} runs that could check the bundle (scaled to zero, or "
+            "not started yet); send a request or set min_replicas=1, then repeat the command"
+        )
+    said = [state for found in states.values() for state in found or ()]
+    asked = [state.get("asked") == rollout.plain() for state in said]
+    refused = {uri: reason for state in said for uri, reason in state.get("refused", {}).items()}
+    if refused and any(asked):
+        raise RolloutError("; ".join(refused.values()))
+    return None not in states.values() and all(asked)
 
 
 @contextmanager

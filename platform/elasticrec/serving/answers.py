@@ -19,6 +19,7 @@ from elasticrec.serving.meter import Meter
 from elasticrec.serving.postprocess import Recommendation
 
 _RESERVE: Final = 0.3  # of the caller's time, kept for the answer without the model: many are late at once
+_FAIR_S: Final = 0.2  # a model that had less than this was not late, its caller was in a hurry
 _MAX_BATCH: Final = 64
 _LOGGER = logging.getLogger("ray.serve")
 
@@ -32,10 +33,13 @@ class Answers:
         popular: Callable[[Sequence[Request]], list[Recommendation]],
         config: CircuitConfig,
         meter: Meter,
+        fair_s: float = _FAIR_S,
     ) -> None:
-        """`submit`: asks the model. `popular`: answers without it; called in a thread of its own."""
+        """`submit`: asks the model. `popular`: answers without it; called in a thread of its own. `fair_s`: with less
+        time than this the model cannot fail."""
         self._ask = submit
         self._meter = meter
+        self._fair_s = fair_s
         self.circuit = Circuit(config)
         thread = ThreadPoolExecutor(1, thread_name_prefix="popular")
 
@@ -60,10 +64,17 @@ class Answers:
     async def _answer(self, request: Request) -> Recommendation:
         if not self.circuit.allows(time.monotonic()):
             return await self._degrade(request)
+        allowed_s = _time_for_the_model()
         try:
-            async with asyncio.timeout(_time_for_the_model()):
+            async with asyncio.timeout(allowed_s):
                 answer = await self._ask(request)
-        except (TimeoutError, DeadlineError, UnavailableError) as error:
+        except (TimeoutError, DeadlineError) as error:
+            if allowed_s is None or allowed_s >= self._fair_s:
+                self._failed(error)
+            else:  # the caller's impatience says nothing of the model
+                self.circuit.abandoned()
+            return await self._degrade(request)
+        except UnavailableError as error:
             self._failed(error)
             return await self._degrade(request)
         except (ApiError, EventStoreError, ItemStoreError, asyncio.CancelledError):  # not the model's fault
@@ -84,6 +95,11 @@ class Answers:
 
     async def _degrade(self, request: Request) -> Recommendation:
         return replace(await self._popular.submit(request), degraded=True)
+
+
+def fair_s(default_timeout_ms: float) -> float:
+    """What the model must have had to be late: 200 ms, or half of what the service's own deadline gives it."""
+    return min(_FAIR_S, 0.5 * (1 - _RESERVE) * default_timeout_ms / 1e3)  # some is gone before the model is asked
 
 
 def _time_for_the_model() -> float | None:

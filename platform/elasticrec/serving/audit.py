@@ -1,4 +1,4 @@
-"""Administrative calls in, a line of JSON for each out: who, what, when, and how it ended.
+"""Administrative calls of known keys in, a line of JSON for each out: who, what, when, and how it ended.
 
     {"at": "2026-01-31T12:00:00.000+00:00", "who": "ops", "what": "DELETE /v1/users/5e88…", "status": 200, …}
 
@@ -17,6 +17,8 @@ from elasticrec.errors import ConfigError
 from elasticrec.serving.events import user_hash
 
 _USERS: Final = "/v1/users/"
+_MAX_SHOWN_CHARACTERS: Final = 200
+_MAX_METHOD_CHARACTERS: Final = 20
 _LOGGER = logging.getLogger("elasticrec.audit")
 
 
@@ -36,11 +38,11 @@ class Audit:
                 ) from None
 
     def write(self, who: str, method: str, path: str, status: int, request_id: str) -> None:
-        """One line, on disk when this returns; O_APPEND keeps lines of several processes whole."""
+        """One line, on disk when this returns, so not for an event loop; O_APPEND keeps lines of processes whole."""
         entry = {
             "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "who": who,
-            "what": f"{method} {shown(path)}",
+            "what": f"{method[:_MAX_METHOD_CHARACTERS]} {shown(path)}",
             "status": status,
             "request_id": request_id,
         }
@@ -53,7 +55,7 @@ class Audit:
 
 
 def shown(path: str) -> str:
-    """A path as logs may have it: without a user's id, and in ASCII."""
+    """A path as logs may have it: without a user's id, in ASCII, and no longer than `_MAX_SHOWN_CHARACTERS`."""
     if path.startswith(_USERS):
         return _USERS + user_hash(path[len(_USERS) :])
-    return quote(path, safe="/:@")
+    return quote(path[:_MAX_SHOWN_CHARACTERS], safe="/:@", errors="replace")[:_MAX_SHOWN_CHARACTERS]

@@ -12,6 +12,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,13 @@ Scope = Literal["read", "events", "admin"]  # admin: erase users, change items, 
 SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
 DEFAULT_SCOPES: Final[tuple[Scope, ...]] = ("read", "events")
 KEY_PREFIX: Final = "er_"  # lets secret scanners find a leaked key
+# Method and path of every route that a key without `admin` may call.
+_OPENED: Final[tuple[tuple[str, re.Pattern[str], Scope], ...]] = (
+    ("POST", re.compile(r"/v1/recommend(:batch)?"), "read"),
+    ("GET", re.compile(r"/v1/search"), "read"),
+    ("GET", re.compile(r"/v1/(items|users)/.+", re.DOTALL), "read"),
+    ("POST", re.compile(r"/v1/events"), "events"),
+)
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -144,13 +152,8 @@ def key_in(headers: Mapping[bytes, bytes]) -> str | None:
 
 
 def scope_of(method: str, path: str) -> Scope:
-    """What a request needs; whatever is not known here is administrative, so that a new route is closed."""
-    if path == "/v1/events" and method == "POST":
-        return "events"
-    if path.startswith("/v1/admin"):
-        return "admin"
-    asks = path.startswith(("/v1/recommend", "/v1/search")) and method == "POST"
-    return "read" if asks or method in ("GET", "HEAD", "OPTIONS") else "admin"
+    """What a request needs; whatever is not listed in `_OPENED` is administrative, so that a new route is closed."""
+    return next((scope for verb, place, scope in _OPENED if verb == method and place.fullmatch(path)), "admin")
 
 
 def require_loopback(host: str | None) -> None:

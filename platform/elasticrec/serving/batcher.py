@@ -4,13 +4,14 @@ There is no waiting time: an idle worker starts at once, so a lone request pays 
 """
 
 import asyncio
+import contextvars
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from elasticrec.serving.api import DeadlineError, OverloadedError
+from elasticrec.serving.api import DeadlineError, OverloadedError, UnavailableError
 from elasticrec.serving.deadline import DEADLINE_S, latest, require_time
 
 Q = TypeVar("Q")
@@ -38,9 +39,13 @@ class Batcher(Generic[Q, A]):
         max_batch: int,
         in_flight: int = 1,
         max_waiting: int | None = None,
+        alone: bool = False,
     ) -> None:
-        """`run`: answers in the order of its questions. `in_flight`: batches that may run at the same time."""
+        """`run`: answers in the order of its questions. `in_flight`: batches that may run at the same time. `alone`: of
+        a batch that fails by a ValueError, each question is asked once more by itself, so that a bad one fails alone.
+        """
         self._run = run
+        self._alone = alone
         self._max_waiting = max_waiting
         self._max_batch = max_batch
         self._free = in_flight
@@ -61,7 +66,8 @@ class Batcher(Generic[Q, A]):
         self._waiting.append(waiting)
         if self._free:
             self._free -= 1
-            task = asyncio.get_running_loop().create_task(self._drain())
+            # In a context of its own: a batch is nobody's request, and what ends one caller's must not end the others'.
+            task = asyncio.get_running_loop().create_task(self._drain(), context=contextvars.Context())
             self._tasks.add(task)  # the loop holds tasks weakly
             task.add_done_callback(self._tasks.discard)
         return await waiting.answer
@@ -94,11 +100,26 @@ class Batcher(Generic[Q, A]):
         try:
             answers = await self._run([waiting.question for waiting in batch])
             pairs = list(zip(batch, answers, strict=True))
-        except Exception as error:  # noqa: BLE001 - handed to every caller
+        except ValueError as error:
+            if not self._alone or len(batch) == 1:
+                _fail(batch, error)
+                return
             for waiting in batch:
-                if not waiting.answer.done():
-                    waiting.answer.set_exception(error)
+                await self._answer([waiting])
             return
+        except Exception as error:  # noqa: BLE001 - handed to every caller
+            _fail(batch, error)
+            return
+        except BaseException:  # the worker was cancelled, not its callers: none of them may wait for ever
+            _fail([*batch, *self._waiting], UnavailableError("the work on this batch was ended; try again"))
+            self._waiting.clear()
+            raise
         for waiting, answer in pairs:
             if not waiting.answer.done():
                 waiting.answer.set_result(answer)
+
+
+def _fail(batch: Sequence[_Waiting[Q, A]], error: Exception) -> None:
+    for waiting in batch:
+        if not waiting.answer.done():
+            waiting.answer.set_exception(error)

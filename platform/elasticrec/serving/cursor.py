@@ -7,7 +7,7 @@ import base64
 import hashlib
 from typing import Final
 
-from elasticrec.serving.api import ApiError
+from elasticrec.serving.api import MAX_OFFSET, ApiError
 
 _DIGEST_BYTES: Final = 8
 
@@ -27,8 +27,15 @@ def encode_cursor(offset: int, question: str) -> str:
 
 
 def offset_of(cursor: str) -> int:
-    """The place in the list; whether it is one of this list, `check_cursor` says."""
-    return int.from_bytes(base64.urlsafe_b64decode(cursor)[:4], "big")
+    """The place in the list; whether it is one of this list, `check_cursor` says.
+
+    Raises:
+        CursorError: it lies where no cursor of ours does, so it was not made here.
+    """
+    offset = int.from_bytes(base64.urlsafe_b64decode(cursor)[:4], "big")
+    if offset > MAX_OFFSET:
+        raise CursorError(f"this cursor lies beyond {MAX_OFFSET} items, where none does; ask without one to start over")
+    return offset
 
 
 def check_cursor(cursor: str, question: str) -> None:

@@ -90,12 +90,16 @@ def _fits(rule: AttributeFilter, value: Attribute | None) -> bool:
         return True
     if isinstance(value, str | bool):
         return False
-    return (rule.min is None or value >= rule.min) and (rule.max is None or value <= rule.max)
+    return (rule.min is None or float(value) >= rule.min) and (rule.max is None or float(value) <= rule.max)
 
 
 def _among(value: Attribute, values: list[Any]) -> bool:
-    """True is not 1 here."""
-    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
+    """True is not 1 here, and numbers are floats, as in a mask."""
+    return any(_plainly(value) == _plainly(other) for other in values)
+
+
+def _plainly(value: Attribute) -> tuple[bool, Attribute]:
+    return isinstance(value, bool), float(value) if type(value) is int else value
 
 
 class Masks:
@@ -173,7 +177,7 @@ def _is_in(column: pa.Array, values: list[Any]) -> Bool:
     if pa.types.is_boolean(column.type):
         fitting: list[Any] = [value for value in values if isinstance(value, bool)]
     elif _is_number(column.type):
-        column = column.cast(pa.float64())
+        column = _floats(column)
         fitting = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     else:
         column = column.cast(pa.string())
@@ -184,7 +188,12 @@ def _is_in(column: pa.Array, values: list[Any]) -> Bool:
 def _compared(column: pa.Array, compare: Any, limit: float) -> Bool:
     if not _is_number(column.type):
         return np.zeros(len(column), dtype=np.bool_)
-    return _plain(pc.fill_null(compare(column.cast(pa.float64()), limit), False))
+    return _plain(pc.fill_null(compare(_floats(column), limit), False))
+
+
+def _floats(column: pa.Array) -> pa.Array:
+    """Numbers as filters compare them; a whole one above 2**53 is the nearest float, as it is in JSON readers."""
+    return column.cast(pa.float64(), safe=False)
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from elasticrec import __version__
 from elasticrec.serving.admin import admin
-from elasticrec.serving.answers import Answers
+from elasticrec.serving.answers import Answers, fair_s
 from elasticrec.serving.api import (
     ApiError,
     EventsRequest,
@@ -41,6 +41,7 @@ from elasticrec.serving.item_routes import add_items
 from elasticrec.serving.items import ItemStoreError
 from elasticrec.serving.parameters import each_once
 from elasticrec.serving.postprocess import Recommendation
+from elasticrec.serving.readiness import Readiness
 from elasticrec.serving.recommend_routes import add_recommendations
 from elasticrec.serving.search_routes import add_search
 from elasticrec.serving.service import Service
@@ -91,7 +92,7 @@ def create_app(service: Service, keys: KeyRing | None, protection: Protection | 
         responses=_PROBLEMS,
         redoc_url=None,
     )
-    app.include_router(_product(service))
+    app.include_router(_product(service, fair_s((protection or Protection()).timeout_ms)))
     app.include_router(_events(service))
     app.include_router(users(lambda: service.model.catalogue, service.events, service.event_thread))
     app.include_router(admin(service.state))
@@ -108,15 +109,16 @@ def _protected() -> APIRouter:
     return APIRouter(prefix="/v1", dependencies=[key, Depends(each_once)])
 
 
-def _product(service: Service) -> APIRouter:
+def _product(service: Service, fair_s: float) -> APIRouter:
     router = _protected()
     questions = Batcher(
         service.recommend,
         max_batch=service.max_batch,
         in_flight=service.batches_in_flight,
         max_waiting=service.max_waiting,
+        alone=True,
     )
-    answers = Answers(questions.submit, service.model.popular, service.circuit, service.meter)
+    answers = Answers(questions.submit, service.model.popular, service.circuit, service.meter, fair_s)
     service.meter.waiting = lambda: questions.waiting
     add_recommendations(router, service, answers.submit)
     add_search(router, service, answers.submit)
@@ -147,18 +149,19 @@ def _events(service: Service) -> APIRouter:
 def _health(service: Service) -> APIRouter:
     router = APIRouter()
 
+    async def trial() -> None:
+        popular, _ = service.model.catalogue.label(1)  # past the batcher: a full queue is busy, not broken
+        await service.recommend([Request(k=1, user_id="", history=(popular,))])
+
+    readiness = Readiness(trial, READY_TIMEOUT_S)
+
     @router.get("/healthz", summary="The process answers")
     async def healthz() -> HealthResponse:
         return HealthResponse(status="ok", model_version=service.model.version)
 
     @router.get("/readyz", summary="The event store and the model answer")
     async def readyz() -> HealthResponse:
-        popular, _ = service.model.catalogue.label(1)
-        try:
-            async with asyncio.timeout(READY_TIMEOUT_S):  # past the batcher: a full queue is busy, not broken
-                await service.recommend([Request(k=1, user_id="", history=(popular,))])
-        except TimeoutError:
-            raise UnavailableError(f"the model did not answer within {READY_TIMEOUT_S:g} s") from None
+        await readiness.require()
         refused = [
             "/".join(uri.rstrip("/").split("/")[-2:]) for uri in service.refused()
         ]  # places are nobody's business

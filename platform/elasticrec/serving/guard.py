@@ -5,6 +5,7 @@ In this order: request id, key and scope (401, 403), rate of the key (429), room
 
 import asyncio
 import json
+import logging
 import re
 import secrets
 import time
@@ -24,8 +25,8 @@ from elasticrec.serving.api import (
     OverloadedError,
     UnauthorizedError,
 )
-from elasticrec.serving.audit import Audit
-from elasticrec.serving.auth import KeyRing, key_in, scope_of
+from elasticrec.serving.audit import Audit, shown
+from elasticrec.serving.auth import KeyRing, StoredKey, key_in, scope_of
 from elasticrec.serving.deadline import DEADLINE_S, MAX_TIMEOUT_MS, deadline_in
 from elasticrec.serving.rate import Rate
 
@@ -42,6 +43,7 @@ _SECURITY: Final = (
     (b"referrer-policy", b"no-referrer"),
 )
 _NEVER_STORED: Final = (b"cache-control", b"no-store")
+_LOGGER = logging.getLogger("ray.serve")
 _NO_SCRIPTS: Final = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")  # /docs has its own
 
 
@@ -84,20 +86,25 @@ class Guard:
             return
         headers, path = dict(scope["headers"]), get_route_path(scope)
         marked = _Marked(send, _request_id(headers), path)
-        who = NOBODY
+        who = None
         try:
             if path in OPEN_PATHS:
                 await self._pass_on(scope, receive, marked)
                 return
-            who = self._check_key(scope["method"], path, headers)
+            key = self._find_key(headers)
+            who = NOBODY if key is None else key.name
+            _require_scope(key, scope["method"], path)
             if self._protection.rate is not None:
                 await self._protection.rate.require(who)
             await self._in_time(scope, receive, marked, headers, path)
         except ApiError as error:
+            if isinstance(error, UnauthorizedError):  # whoever has no key must not fill the audit
+                _LOGGER.info("refused for its key: %s %s (%s)", scope["method"], shown(path), marked.request_id)
             await respond(error)(scope, receive, marked)
         finally:
-            if path not in OPEN_PATHS and scope_of(scope["method"], path) == "admin":
-                self._protection.audit.write(who, scope["method"], path, marked.status, marked.request_id)
+            if who is not None and scope_of(scope["method"], path) == "admin":
+                line = (who, scope["method"], path, marked.status, marked.request_id)
+                await asyncio.to_thread(self._protection.audit.write, *line)  # it waits for the disk
 
     async def _in_time(
         self, scope: Scope, receive: Receive, marked: "_Marked", headers: dict[bytes, bytes], path: str
@@ -124,20 +131,24 @@ class Guard:
         if body is not None:
             await self._app(scope, _replay(body, receive), marked)
 
-    def _check_key(self, method: str, path: str, headers: dict[bytes, bytes]) -> str:
-        """`path`: without the prefix (root_path) under which the app is mounted."""
+    def _find_key(self, headers: dict[bytes, bytes]) -> StoredKey | None:
+        """Whose call it is; none where no keys are configured. Raises UnauthorizedError without a key that is known."""
         if self._keys is None:
-            return NOBODY
+            return None
         key = key_in(headers)
         if key is None:
             raise UnauthorizedError("no API key; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
         found = self._keys.find(key)
         if found is None:
             raise UnauthorizedError("this API key is not known here; it may have been revoked")
-        needed = scope_of(method, path)
-        if needed not in found.scopes:
-            raise ForbiddenError(f"this API key has not the scope '{needed}'; ask for one that has")
-        return found.name
+        return found
+
+
+def _require_scope(key: StoredKey | None, method: str, path: str) -> None:
+    """`path`: without the prefix (root_path) under which the app is mounted."""
+    needed = scope_of(method, path)
+    if key is not None and needed not in key.scopes:
+        raise ForbiddenError(f"this API key has not the scope '{needed}'; ask for one that has")
 
 
 class _Marked:

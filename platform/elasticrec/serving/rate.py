@@ -1,5 +1,6 @@
 """A caller's name in, whether it may call now out: so many requests a time, counted here or in Redis for all."""
 
+import asyncio
 import logging
 import math
 import time
@@ -15,6 +16,7 @@ from elasticrec.errors import ConfigError
 from elasticrec.serving.api import OverloadedError
 
 _LOGGER = logging.getLogger("ray.serve")
+_PATIENCE_S: Final = 0.2  # with a store that hangs
 _SCHEMES: Final = {
     "redis://": "async+redis://",
     "rediss://": "async+rediss://",
@@ -57,11 +59,12 @@ class Rate:
         """Counts one request; raises OverloadedError (429) that says when to come again."""
         for limit in self._limits:
             try:
-                if await self._limiter.hit(limit, name):
-                    continue
-                reset_s = (await self._limiter.get_window_stats(limit, name)).reset_time - time.time()
-            except StorageError as error:
-                _LOGGER.error("the store of rate limits does not answer: %s", error)
+                async with asyncio.timeout(_PATIENCE_S):
+                    if await self._limiter.hit(limit, name):
+                        continue
+                    reset_s = (await self._limiter.get_window_stats(limit, name)).reset_time - time.time()
+            except (StorageError, TimeoutError) as error:
+                _LOGGER.error("the store of rate limits does not answer: %s", str(error) or "it hangs")
                 return
             raise OverloadedError(f"this key has used its {limit}; come again later", max(1, math.ceil(reset_s)))
 

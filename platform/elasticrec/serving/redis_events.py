@@ -3,7 +3,7 @@
     P:live:USER          list of the user's live events as JSON, in order of arrival
     P:seed:GEN:USER      list of the data set's events; GEN names one loading of one data set
     P:ids:USER           set of event ids that the user's live events had
-    P:seed               hash: fingerprint, generation, events of the data set that counts
+    P:seed               hash: fingerprint, generation, events of the data set that counts; generation that is loading
     P:erased             set of hashes of users whose seeded events stay away
 
 Acknowledged means durable: the server must run with `appendonly yes` and `appendfsync always`, which is asked when the
@@ -32,8 +32,12 @@ _SEED_LOCK_S: Final = 60
 _TOKEN_S: Final = 600  # how long a repeated append is known as such; clients of ours give up long before
 
 # One script, so that an append is whole, in order, and not made twice by a client that repeats it after a lost answer.
+# The repetition writes, too (EXPIRE; SREM below), since WAIT asks for replicas of what its own connection wrote.
 _APPEND: Final = """
-if not redis.call('SET', KEYS[1], 1, 'NX', 'EX', ARGV[1]) then return 0 end
+if not redis.call('SET', KEYS[1], 1, 'NX', 'EX', ARGV[1]) then
+  redis.call('EXPIRE', KEYS[1], ARGV[1])
+  return 0
+end
 local added = 0
 for place = 2, #ARGV, 2 do
   if ARGV[place] == '' or redis.call('SADD', KEYS[place + 1], ARGV[place]) == 1 then
@@ -61,8 +65,16 @@ if generation then
   erased = erased + redis.call('LLEN', seeded)
   redis.call('DEL', seeded)
 end
+local loading = redis.call('HGET', KEYS[3], 'loading')
+if loading then redis.call('DEL', ARGV[2] .. loading .. ':' .. ARGV[3]) end
+redis.call('SREM', KEYS[4], ARGV[1])
 redis.call('SADD', KEYS[4], ARGV[1])
 return erased
+"""
+_SEED_ONE: Final = """
+if redis.call('SISMEMBER', KEYS[2], ARGV[1]) == 1 then return 0 end
+redis.call('RPUSH', KEYS[1], ARGV[2])
+return 1
 """
 
 
@@ -118,6 +130,7 @@ class RedisEventStore:
             self._append = self._server.register_script(_APPEND)
             self._read = self._server.register_script(_READ)
             self._erase = self._server.register_script(_ERASE)
+            self._seed_one = self._server.register_script(_SEED_ONE)
             self._require_durable()
 
     def append(self, events: Sequence[StoredEvent]) -> None:
@@ -126,8 +139,7 @@ class RedisEventStore:
             keys += [self._key("live", _text(event.user_id)), self._key("ids", event.user_id)]
             arguments += [event.event_id or "", _json(event)]
         with self._telling():
-            self._append(keys=keys, args=arguments)
-            self._wait()
+            self._acknowledged(self._append, keys, arguments)
 
     def history(self, user_id: str, limit: int) -> list[str]:
         return [event.item_id for event in self.newest(user_id, limit)]
@@ -146,9 +158,8 @@ class RedisEventStore:
     def erase(self, user_id: str) -> int:
         keys = [self._key("live", user_id), self._key("ids", user_id), self._key("seed"), self._key("erased")]
         with self._telling():
-            erased = int(self._erase(keys=keys, args=[user_hash(user_id), self._key("seed", ""), user_id]))
-            self._wait()
-        return erased
+            arguments = [user_hash(user_id), self._key("seed", ""), user_id]
+            return int(self._acknowledged(self._erase, keys, arguments))
 
     def seed(self, fingerprint: str, events: Iterable[StoredEvent]) -> int:
         with self._telling(), self._seeding():
@@ -156,15 +167,18 @@ class RedisEventStore:
             if loaded.get("fingerprint") == fingerprint:
                 return 0
             generation = uuid.uuid4().hex
+            self._server.hset(self._key("seed"), "loading", generation)  # erasures reach it from here on
             try:
                 count = self._load(generation, events)
             except BaseException:
                 self._remove(generation)
                 raise
             seed = {"fingerprint": fingerprint, "generation": generation, "events": count}
-            self._server.hset(self._key("seed"), mapping=seed)  # from here on it counts
-            self._wait()
-            if loaded:
+            pipeline = self._server.pipeline(transaction=False)
+            pipeline.hset(self._key("seed"), mapping=seed)  # from here on it counts
+            pipeline.hdel(self._key("seed"), "loading")
+            self._execute(pipeline)
+            if "generation" in loaded:
                 self._remove(loaded["generation"])
         return count
 
@@ -172,19 +186,16 @@ class RedisEventStore:
         self._server.close()
 
     def _load(self, generation: str, events: Iterable[StoredEvent]) -> int:
-        erased: set[str] = self._server.smembers(self._key("erased"))
+        """Whether a user was erased is asked with each write, in one step: erasures go on meanwhile."""
         count = 0
         pipeline = self._server.pipeline(transaction=False)
-        for event in events:
-            if user_hash(event.user_id) in erased:
-                continue
-            pipeline.rpush(self._key("seed", generation, event.user_id), _json(event))
-            count += 1
-            if count % _LOADED_EVENTS == 0:
-                pipeline.execute()
+        for place, event in enumerate(events, start=1):
+            keys = [self._key("seed", generation, event.user_id), self._key("erased")]
+            self._seed_one(keys=keys, args=[user_hash(event.user_id), _json(event)], client=pipeline)
+            if place % _LOADED_EVENTS == 0:
+                count += sum(pipeline.execute())
                 self._server.expire(self._key("seeding"), _SEED_LOCK_S)
-        pipeline.execute()
-        return count
+        return count + int(sum(pipeline.execute()))
 
     def _remove(self, generation: str) -> None:
         for key in self._server.scan_iter(_escaped(self._key("seed", generation, "")) + "*", count=1_000):
@@ -210,14 +221,22 @@ class RedisEventStore:
             seeded, live = self._read(keys=keys, args=arguments)
         return seeded, live
 
-    def _wait(self) -> None:
-        if self._wait_replicas:
-            have = self._server.wait(self._wait_replicas, int(500 * self.config.timeout_s))
-            if have < self._wait_replicas:
-                raise EventStoreError(
-                    f"event store '{self.config.shown}' has {have} replicas of the events, {self._wait_replicas} are "
-                    "asked for; they are not acknowledged"
-                )
+    def _acknowledged(self, script: Any, keys: Sequence[str], arguments: Sequence[str]) -> Any:
+        """What a script that writes returns, once as many replicas as asked for have what it wrote."""
+        if not self._wait_replicas:
+            return script(keys=keys, args=arguments)
+        pipeline = self._server.pipeline(transaction=False)
+        pipeline.eval(script.script, len(keys), *keys, *arguments)
+        return self._execute(pipeline)
+
+    def _execute(self, pipeline: Any) -> Any:
+        result, have = write_and_wait(pipeline, self.config)
+        if have < self._wait_replicas:
+            raise EventStoreError(
+                f"event store '{self.config.shown}' has {have} replicas of the events, {self._wait_replicas} are "
+                "asked for; they are not acknowledged"
+            )
+        return result
 
     def _require_durable(self) -> None:
         self._server.ping()
@@ -242,6 +261,17 @@ class RedisEventStore:
             yield
         except (redis.RedisError, OSError, UnicodeError) as error:
             raise EventStoreError(f"event store '{self.config.shown}' failed: {error}; is Redis up?") from error
+
+
+def write_and_wait(pipeline: Any, config: RedisConfig) -> tuple[Any, int]:
+    """Runs a pipeline that writes; the first command's result, and how many replicas have all of it, if any must.
+
+    WAIT speaks of the writes of its own connection only, so it goes through the same pipeline.
+    """
+    if config.wait_replicas:
+        pipeline.execute_command("WAIT", config.wait_replicas, int(500 * config.timeout_s))
+    results = pipeline.execute()
+    return results[0], int(results[-1]) if config.wait_replicas else 0
 
 
 def _json(event: StoredEvent) -> str:

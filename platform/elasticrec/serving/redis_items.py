@@ -16,7 +16,7 @@ from typing import Any, Final
 import redis
 
 from elasticrec.serving.items import Change, ItemStoreError, StoredItem, stored
-from elasticrec.serving.redis_events import RedisConfig
+from elasticrec.serving.redis_events import RedisConfig, write_and_wait
 
 _WRITE: Final = """
 local revision = redis.call('INCR', KEYS[1])
@@ -71,11 +71,14 @@ class RedisItemStore:
 
     def _write(self, item_id: str, document: str) -> None:
         with self._telling():
-            self._write_script(keys=self._keys, args=[item_id, document])
-            if self.config.wait_replicas:
-                have = self._server.wait(self.config.wait_replicas, int(500 * self.config.timeout_s))
-                if have < self.config.wait_replicas:
-                    raise ItemStoreError(f"item store '{self.config.shown}' has too few replicas of the change: {have}")
+            if not self.config.wait_replicas:
+                self._write_script(keys=self._keys, args=[item_id, document])
+                return
+            pipeline = self._server.pipeline(transaction=False)
+            pipeline.eval(_WRITE, len(self._keys), *self._keys, item_id, document)
+            _, have = write_and_wait(pipeline, self.config)
+            if have < self.config.wait_replicas:
+                raise ItemStoreError(f"item store '{self.config.shown}' has too few replicas of the change: {have}")
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
