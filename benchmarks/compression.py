@@ -94,8 +94,7 @@ def alone(student: Distil, dropout: float, learning_rate: float) -> Distil:
 def small(quick: bool) -> Plan:
     """943 users, 1,682 items, long histories: the encoder is most of it."""
     epochs = 6 if quick else 40
-    student = Distil(width=64, blocks=1, heads=2, epochs=epochs, soft_share=0.9, dropout=0.2)
-    larger = replace(student, blocks=2)
+    student = Distil(width=60, blocks=2, heads=2, epochs=epochs, soft_share=0.9, dropout=0.2)
     pruned = (Prune(heads=0.25, channels=0.5, blocks=1), FineTune(epochs=2 if quick else 6))
     return Plan(
         dataset=SMALL,
@@ -104,14 +103,14 @@ def small(quick: bool) -> Plan:
         loss=FullSoftmax(mask_seen=True),
         student=student,
         alone=(alone(student, 0.2, 2e-3),),
-        others=((larger,), *rounded((larger,)), pruned, (*pruned, WEIGHTS_ALONE, Int8Table())),
+        others=(pruned, (*pruned, WEIGHTS_ALONE, Int8Table())),
         remove_seen=True,
     )
 
 
 def large(quick: bool) -> Plan:
     """Short sessions, over 30,000 items: the table is nearly all of it."""
-    epochs = 1 if quick else 3
+    epochs = 1 if quick else 6
     student = Distil(width=32, blocks=1, heads=1, epochs=epochs, soft_share=0.9, temperature=1.0)
     narrow = LowRankTable(rank=64)
     return Plan(
@@ -123,7 +122,6 @@ def large(quick: bool) -> Plan:
         alone=(alone(student, 0.2, 2e-3),),
         others=(
             (narrow, Int8Table()),
-            (narrow, Int4Table()),
             (WEIGHTS_ALONE, narrow, Int4Table()),
             (Int8Linear(), narrow, Int4Table()),
         ),
