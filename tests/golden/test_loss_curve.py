@@ -2,7 +2,7 @@
 
 A change of model, loss, plan, optimizer or random numbers moves the curve. Where that is meant, write it down anew and
 say in the commit why it moved:  python tests/golden/test_loss_curve.py
-The curve with dropout is that of torch's builds for x86, whose random bits on a CPU come from MKL.
+The curve with dropout depends on the random numbers of torch's CPU generator alone (model/dropout.py).
 """
 
 import dataclasses
