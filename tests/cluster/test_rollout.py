@@ -26,8 +26,9 @@ from elasticrec.model.network import Network, NetworkConfig
 N_ITEMS = 40
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster() -> Iterator[LocalCluster]:
+    """One for each test: Serve drains the replicas of the topology before while the next one starts."""
     with local_cluster(LocalClusterConfig(num_cpus=4, train_slots=0, haproxy=True)) as running:
         yield running
 
