@@ -158,3 +158,16 @@ def test_callers_of_a_cancelled_batch_are_told_and_the_next_ones_answered() -> N
         assert await asyncio.wait_for(batcher.submit(3), 5) == 6
 
     asyncio.run(scenario())
+
+
+def test_a_batch_is_of_one_group_and_nobody_is_passed_over() -> None:
+    async def scenario() -> None:
+        worker = Worker()
+        batcher = Batcher(worker.run, max_batch=2, group=lambda number: number % 2)
+        tasks = await submit_all(batcher, [0]) + await submit_all(batcher, [1, 2, 3, 5, 4])
+        for _ in range(5):
+            worker.go.release()
+        assert await asyncio.wait_for(asyncio.gather(*tasks), 5) == [0, 2, 4, 6, 10, 8]
+        assert worker.batches == [[0], [1, 3], [2, 4], [5]]
+
+    asyncio.run(scenario())

@@ -34,6 +34,7 @@ from elasticrec.serving.meter import Meter
 from elasticrec.serving.postprocess import Chosen, Recommendation
 from elasticrec.serving.rate import Rate, RateConfig
 from elasticrec.serving.readiness import Readiness
+from elasticrec.serving.recommend_routes import BULK_REQUESTS
 from tests.contract.redis_server import redis_server
 
 
@@ -180,6 +181,25 @@ def test_beyond_what_a_replica_works_on_the_answer_is_429(events: SqliteEventSto
             model.gate.set()
             assert [(await one).status_code for one in waiting] == [200] * 2
             assert (await http.get("/v1/items/a")).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_beyond_a_few_batch_requests_the_answer_is_429(events: SqliteEventStore) -> None:
+    """They do not wait in the queue of single requests, whose limit is another one."""
+    body = {"user_ids": ["u1", "u2"], "k": 1}
+
+    async def scenario() -> None:
+        model = Model()
+        app = create_app(service(model, events), None, Protection(timeout_ms=20_000))
+        async with client(app) as http:
+            waiting = [asyncio.create_task(http.post("/v1/recommend:batch", json=body)) for _ in range(BULK_REQUESTS)]
+            while model.asked < 2 * BULK_REQUESTS:
+                await asyncio.sleep(0.01)
+            assert (await http.post("/v1/recommend:batch", json=body)).status_code == 429
+            model.gate.set()
+            assert [(await one).status_code for one in waiting] == [200] * BULK_REQUESTS
+            assert (await http.post("/v1/recommend:batch", json=body)).status_code == 200
 
     asyncio.run(scenario())
 

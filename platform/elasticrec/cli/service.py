@@ -41,8 +41,8 @@ def deploy(
             raise ServiceError(f"Serve refused the configuration ({answer.status_code}): {answer.text}")
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
-            _raise_if_failed(api)
-            if is_ready(url):
+            # Both: replicas of the deployment before answer until they are drained.
+            if _is_running(api) and is_ready(url):
                 return url
             time.sleep(0.2)
     raise ServiceError(f"the service did not answer within {timeout_s:g} s; see the Serve logs in the Ray dashboard")
@@ -74,7 +74,10 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def _raise_if_failed(api: httpx.Client) -> None:
+def _is_running(api: httpx.Client) -> bool:
+    """Whether Serve is done. Raises ServiceError when it has given up."""
     state = api.get("/api/serve/applications/").json()["applications"].get(NAME, {})
     if state.get("status") == "DEPLOY_FAILED":
-        raise ServiceError(f"the service failed to start: {state.get('message', 'no reason given')}")
+        reasons = [state.get("message", ""), *(one.get("message", "") for one in state.get("deployments", {}).values())]
+        raise ServiceError(f"the service failed to start: {'; '.join(filter(None, reasons)) or 'no reason given'}")
+    return bool(state.get("status") == "RUNNING")

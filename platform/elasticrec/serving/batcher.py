@@ -7,7 +7,7 @@ import asyncio
 import contextvars
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -40,12 +40,15 @@ class Batcher(Generic[Q, A]):
         in_flight: int = 1,
         max_waiting: int | None = None,
         alone: bool = False,
+        group: Callable[[Q], Hashable] | None = None,
     ) -> None:
         """`run`: answers in the order of its questions. `in_flight`: batches that may run at the same time. `alone`: of
         a batch that fails by a ValueError, each question is asked once more by itself, so that a bad one fails alone.
+        `group`: a batch has questions of one group, that of the oldest; two half batches cost more than one.
         """
         self._run = run
         self._alone = alone
+        self._group = group
         self._max_waiting = max_waiting
         self._max_batch = max_batch
         self._free = in_flight
@@ -81,15 +84,22 @@ class Batcher(Generic[Q, A]):
 
     def _next(self) -> list[_Waiting[Q, A]]:
         batch: list[_Waiting[Q, A]] = []
+        others: list[_Waiting[Q, A]] = []
         while self._waiting and len(batch) < self._max_batch:
             waiting = self._waiting.popleft()
             if waiting.answer.done():  # its caller has gone
                 continue
             if waiting.deadline_s is not None and waiting.deadline_s <= time.monotonic():
                 waiting.answer.set_exception(DeadlineError("the time that the request allowed is over"))
+            elif batch and not self._fit(batch[0], waiting):
+                others.append(waiting)
             else:
                 batch.append(waiting)
+        self._waiting.extendleft(reversed(others))
         return batch
+
+    def _fit(self, one: _Waiting[Q, A], other: _Waiting[Q, A]) -> bool:
+        return self._group is None or self._group(one.question) == self._group(other.question)
 
     @property
     def waiting(self) -> int:

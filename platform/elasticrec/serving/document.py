@@ -14,14 +14,20 @@ _NO_PATH: Final = {
 }
 
 
+_KEY: Final = {"HTTPBearer": {"type": "http", "scheme": "bearer", "description": "an API key"}}
+
+
 def documented(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """In place of `app.openapi`: problems are application/problem+json, which FastAPI cannot be told."""
+    """In place of `app.openapi`, which cannot be told of application/problem+json and of the key that `Guard` wants."""
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = made()
+        document["components"]["securitySchemes"] = _KEY
         for path, operations in document["paths"].items():
             for operation in operations.values():
+                if path.startswith("/v1/"):
+                    operation["security"] = [{scheme: [] for scheme in _KEY}]
                 if "{" in path:  # an id with a line break fits no route
                     operation["responses"].setdefault("404", _NO_PATH)
                 for response in operation["responses"].values():

@@ -10,9 +10,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Security
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
@@ -39,7 +38,6 @@ from elasticrec.serving.guard import Guard, ProblemResponse, Protection, respond
 from elasticrec.serving.history import Request
 from elasticrec.serving.item_routes import add_items
 from elasticrec.serving.items import ItemStoreError
-from elasticrec.serving.parameters import each_once
 from elasticrec.serving.postprocess import Recommendation
 from elasticrec.serving.readiness import Readiness
 from elasticrec.serving.recommend_routes import add_recommendations
@@ -103,20 +101,15 @@ def create_app(service: Service, keys: KeyRing | None, protection: Protection | 
     return app
 
 
-def _protected() -> APIRouter:
-    # `Guard` checks the key before the body is read; this only tells OpenAPI.
-    key = Security(HTTPBearer(auto_error=False, description="an API key"))
-    return APIRouter(prefix="/v1", dependencies=[key, Depends(each_once)])
-
-
 def _product(service: Service, fair_s: float) -> APIRouter:
-    router = _protected()
+    router = APIRouter(prefix="/v1")
     questions = Batcher(
         service.recommend,
         max_batch=service.max_batch,
         in_flight=service.batches_in_flight,
         max_waiting=service.max_waiting,
         alone=True,
+        group=service.group,
     )
     answers = Answers(questions.submit, service.model.popular, service.circuit, service.meter, fair_s)
     service.meter.waiting = lambda: questions.waiting
@@ -127,7 +120,7 @@ def _product(service: Service, fair_s: float) -> APIRouter:
 
 
 def _events(service: Service) -> APIRouter:
-    router = _protected()
+    router = APIRouter(prefix="/v1")
     writes = Batcher(service.append, max_batch=MAX_EVENT_BATCH, max_waiting=service.max_waiting)
 
     @router.post("/events", response_model=EventsResponse, summary="Keep what users did")

@@ -1,6 +1,7 @@
 """Raw HTTP requests in; only those that may, in time and not too many at once, reach the app; every answer is marked.
 
-In this order: request id, key and scope (401, 403), rate of the key (429), room (429), deadline, size of body (413).
+In this order: request id, key and scope (401, 403), rate of the key (429), repeated parameters (422), room (429),
+deadline, size of body (413).
 """
 
 import asyncio
@@ -28,6 +29,7 @@ from elasticrec.serving.api import (
 from elasticrec.serving.audit import Audit, shown
 from elasticrec.serving.auth import KeyRing, StoredKey, key_in, scope_of
 from elasticrec.serving.deadline import DEADLINE_S, MAX_TIMEOUT_MS, deadline_in
+from elasticrec.serving.parameters import require_once
 from elasticrec.serving.rate import Rate
 
 # Everything else needs a key, so that a new route, or a prefix nobody thought of, is closed and not open.
@@ -96,6 +98,8 @@ class Guard:
             _require_scope(key, scope["method"], path)
             if self._protection.rate is not None:
                 await self._protection.rate.require(who)
+            if scope["query_string"]:
+                require_once(scope["query_string"])
             await self._in_time(scope, receive, marked, headers, path)
         except ApiError as error:
             if isinstance(error, UnauthorizedError):  # whoever has no key must not fill the audit

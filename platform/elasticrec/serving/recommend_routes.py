@@ -14,6 +14,7 @@ from elasticrec.serving.api import (
     MAX_OFFSET,
     BatchRequest,
     BatchResponse,
+    OverloadedError,
     Problem,
     RecommendRequest,
     RecommendResponse,
@@ -21,6 +22,7 @@ from elasticrec.serving.api import (
 )
 from elasticrec.serving.caching import large
 from elasticrec.serving.cursor import check_cursor, encode_cursor, offset_of
+from elasticrec.serving.deadline import require_time
 from elasticrec.serving.history import Request
 from elasticrec.serving.postprocess import Recommendation
 from elasticrec.serving.service import Ask, Service
@@ -28,10 +30,12 @@ from elasticrec.serving.timings import timings
 
 BULK_USERS: Final = 64  # users of a batch request that go through the model together; single requests wait for them
 BULK_IN_FLIGHT: Final = 2  # one is in the model, one written; where the stages are apart, each has one
+BULK_REQUESTS: Final = 8  # batch requests at a time; they do not wait in the queue of the others, so they have a limit
 
 
 def add_recommendations(router: APIRouter, service: Service, ask: Ask) -> None:
     """`POST /recommend` and `POST /recommend:batch`."""
+    bulk = asyncio.Semaphore(BULK_REQUESTS)
 
     @router.post(
         "/recommend",
@@ -58,7 +62,10 @@ def add_recommendations(router: APIRouter, service: Service, ask: Ask) -> None:
     @router.post("/recommend:batch", response_model=BatchResponse, summary="The same for thousands of users")
     async def recommend_batch(body: BatchRequest, http: HttpRequest) -> Response:
         started_s = time.perf_counter()
-        parts = await _in_bulk(service, body)
+        if bulk.locked():
+            raise OverloadedError("as many batch requests as may are being answered; come again")
+        async with bulk:
+            parts = await _in_bulk(service, body)
         tail = {"model_version": service.model.version, "timings_ms": timings(started_s, {})}
         whole = b'{"results":[' + b",".join(parts) + b"]," + orjson.dumps(tail)[1:]
         return await large(http, whole)
@@ -86,6 +93,7 @@ async def _in_bulk(service: Service, body: BatchRequest) -> list[bytes]:
 
     async def some(user_ids: Sequence[str]) -> bytes:
         async with turn:
+            require_time()
             answers = await service.recommend([to_request(body, user_id, (), 0) for user_id in user_ids])
         return _rows(user_ids, answers)
 

@@ -77,7 +77,7 @@ class SplitRecommender:
         items: ItemStore | None = None,
         stages: StagesConfig | None = None,
     ) -> None:
-        """`executor`: its threads read the event store, so that the event loop stays free."""
+        """`executor`: its threads run the stages that are here, so that the event loop stays free."""
         self.version = version_name(bundle)
         self.gateway = Gateway(bundle, events, items, stages or StagesConfig())
         self.catalogue, self.assortment = self.gateway.catalogue, self.gateway.assortment
@@ -93,7 +93,7 @@ class SplitRecommender:
             None if question is None else await self._score(question)
             for question in (prepared.question, prepared.likes)
         ]
-        return self.gateway.finish(prepared, candidates, likes)
+        return await loop.run_in_executor(self._executor, self.gateway.finish, prepared, candidates, likes)
 
     def popular(self, requests: Sequence[Request]) -> list[Recommendation]:
         """Answers without the network; raises EventStoreError when histories cannot be read."""

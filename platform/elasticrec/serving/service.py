@@ -1,7 +1,7 @@
 """What the routes call: the model's batches, the event store and the item store, the search index."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -45,6 +45,7 @@ class Service:
     items: ItemStore | None = None
     search: SearchConfig = field(default_factory=SearchConfig)
     max_batch: int = 64
+    group: Callable[[Request], Hashable] | None = None  # requests that go through the model together; none: all may
     batches_in_flight: int = 1
     max_waiting: int = 512  # requests for the model, and for the event store; beyond these the answer is 429
     circuit: CircuitConfig = field(default_factory=CircuitConfig)

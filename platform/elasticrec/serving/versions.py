@@ -138,6 +138,10 @@ class Versions:
         self._compare(live, requests, finished)
         return finished
 
+    def group(self, request: Request) -> str:
+        """The version that answers it: a batch of one version is cheaper than two halves."""
+        return self.rollout.choose(request.user_id)
+
     def popular(self, requests: Sequence[Request]) -> list[Recommendation]:
         """Answers without the network, by production; for a thread, since histories are read."""
         model = self._production.model
