@@ -1,6 +1,7 @@
-"""What `mkdocs build` asks of us: tables of results into benchmarks.md, links to files beside docs/ into names.
+"""Files of results in, the page of benchmarks out; `mkdocs build` calls it for each page.
 
-A table is made of benchmarks/results/*.json each time that the site is built; nobody types a figure.
+A table is made of benchmarks/results/*.json each time that the site is built; nobody types a figure. Links that leave
+docs/ lead nowhere on the site, and become the names of their files.
 """
 
 import json
