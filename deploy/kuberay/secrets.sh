@@ -12,7 +12,8 @@ kubectl=${KUBECTL:-kubectl}
 
 "$kubectl" get namespace elasticrec >/dev/null 2>&1 || "$kubectl" create namespace elasticrec
 if ! "$kubectl" -n elasticrec get secret elasticrec-redis >/dev/null 2>&1; then
-    "$kubectl" -n elasticrec create secret generic elasticrec-redis --from-literal=password="$(openssl rand -hex 32)"
+    head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' |
+        "$kubectl" -n elasticrec create secret generic elasticrec-redis --from-file=password=/dev/stdin
 fi
 "$kubectl" -n elasticrec delete secret elasticrec-keys --ignore-not-found
 "$kubectl" -n elasticrec create secret generic elasticrec-keys --from-file=keys.json="$keys"

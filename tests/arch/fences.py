@@ -62,7 +62,7 @@ class Fence:
     def commands(self) -> Iterator[str]:
         """Its shell commands: continued lines joined, comments left out, calls of a function written out."""
         body = ""
-        text = re.sub(r"\\\n\s*", " ", self.text)
+        text = re.sub(r"\s*\\\n\s*", " ", self.text)
         if match := re.search(r"^(\w+)\(\) \{\n\s*(.*)\n\}\n", text, re.MULTILINE):
             name, body = match[1], match[2]
             text = text.replace(match[0], "")
@@ -129,7 +129,7 @@ def _click(main: click.Command, words: list[str]) -> None:
     """Parses the words as the program's own command line does, and runs nothing."""
     context = main.make_context("program", list(words), resilient_parsing=False)
     while isinstance(context.command, click.Group):
-        name, command, words = context.command.resolve_command(context, [*context.protected_args, *context.args])
+        name, command, words = context.command.resolve_command(context, [*context._protected_args, *context.args])
         assert command is not None
         context = command.make_context(name, list(words), parent=context)
 

@@ -296,8 +296,9 @@ def _serve_config(where: str, text: str) -> Iterator[str]:
 def secrets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """Secrets and their keys, as secrets.sh makes them: run, with a kubectl that writes down what it is asked."""
     folder = tmp_path_factory.mktemp("secrets")
-    kubectl, asked, keys = folder / "kubectl", folder / "asked", folder / "keys.json"
-    kubectl.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>{asked}\ncase "$*" in *" get "*|get*) exit 1;; esac\n')
+    kubectl, asked, drawn, keys = (folder / name for name in ("kubectl", "asked", "drawn", "keys.json"))
+    answers = f'case "$*" in *" get "*|get*) exit 1;; */dev/stdin) cat >{drawn};; esac'
+    kubectl.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>{asked}\n{answers}\n')
     kubectl.chmod(0o755)
     keys.write_text("{}")
     env = os.environ | {"KUBECTL": str(kubectl)}
@@ -306,7 +307,8 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     for line in asked.read_text().splitlines():
         if match := re.search(r"create secret generic (\S+) --from-\w+=([\w.]+)=(\S+)", line):
             made.setdefault(match[1], set()).add(match[2])
-            assert match[3] == str(keys) or re.fullmatch(r"[0-9a-f]{64}", match[3])
+            assert match[3] in (str(keys), "/dev/stdin")  # no value on a command line
+    assert re.fullmatch(r"[0-9a-f]{64}", drawn.read_text())
     assert "create namespace elasticrec" in asked.read_text()
     return made
 

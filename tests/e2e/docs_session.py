@@ -11,6 +11,7 @@ run again.
 
 import ast
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -29,6 +30,9 @@ import yaml
 
 from elasticrec.cli.local_cluster import free_port
 from elasticrec.cli.main import run
+from elasticrec.compression.space import SweepConfig
+from elasticrec.config import from_mapping
+from elasticrec.training.run import RunConfig
 from tests.arch.commands import parsed
 from tests.arch.fences import ELSEWHERE, OPEN, PAGES, ROOT, Fence, check_command, fences
 
@@ -85,7 +89,7 @@ class Session:
         if fence.title.endswith((".py", ".yaml")):
             (self.folder / fence.title).write_text(text, encoding="utf-8")
         if fence.language == "yaml":
-            yaml.safe_load(text)
+            check_settings(text)
         elif fence.language == "json":
             json.loads(text)
         elif fence.title in ELSEWHERE:
@@ -141,6 +145,16 @@ class Session:
         with contextlib.suppress(httpx.HTTPError):
             return httpx.get(f"http://127.0.0.1:{self._port}/readyz", trust_env=False).status_code == 200
         return False
+
+
+def check_settings(text: str) -> None:
+    """All YAML of the pages are settings of a run or of a sweep, or some of their keys."""
+    raw = yaml.safe_load(text)
+    for config_type in (RunConfig, SweepConfig):
+        if set(raw) <= {field.name for field in dataclasses.fields(config_type)}:
+            from_mapping(config_type, raw)
+            return
+    raise ValueError(f"neither settings of a run nor of a sweep: {sorted(raw)}")
 
 
 def check_imports(text: str) -> None:

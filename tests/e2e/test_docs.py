@@ -23,7 +23,8 @@ pytestmark = pytest.mark.timeout(300)
 
 def make_logs(folder: Path) -> None:
     """Logs as the pages have them: clicks and products of a shop, and a year of another one."""
-    log, items = generate(SyntheticConfig(users=150, items=60)), describe_items(SyntheticConfig(users=150, items=60))
+    config = SyntheticConfig(users=80, items=60)  # one step an epoch
+    log, items = generate(config), describe_items(config)
     users = pa.array([f"c-{user.removeprefix('u')}" for user in log["user_id"].to_pylist()])
     skus = {item: f"sku-{place}" for place, item in enumerate(items["item_id"].to_pylist())}
     sku = pa.array([skus[item] for item in log["item_id"].to_pylist()])
@@ -56,6 +57,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
             done = subprocess.run(
                 command, cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=280, check=False
             )
+    (folder / "outcomes.jsonl").write_text(done.stdout, encoding="utf-8")  # who took how long
     found: dict[str, list[dict[str, str]]] = defaultdict(list)
     for line in done.stdout.splitlines():
         if line.startswith("{"):
@@ -100,6 +102,8 @@ def test_each_command_does_what_the_page_says(page: str, outcomes: dict[str, lis
         ('```python title="in a program"\nfrom elasticrec.config import laod\n```', "has no ['laod']"),
         ("```python\n1 / 0\n```", "division by zero"),
         ("```yaml\na: [\n```", "while parsing"),
+        ("```yaml\nepoch: 3\n```", "neither settings of a run nor of a sweep"),
+        ("```yaml\nplan: {shard: 3}\n```", "did you mean 'shards'"),
         ("```json\n{…}\n```", "JSONDecodeError"),
     ],
 )
