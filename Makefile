@@ -39,7 +39,7 @@ check: setup ## format, lint, types, import contracts, docs links, the docs as a
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/arch
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # with --quiet it would not count warnings
 
 bench: setup ## one benchmark: make bench THEME=name [ARGS="--quick"]
 	@test -n "$(THEME)" || { echo "bench: name a theme: make bench THEME=name; there are:" \

@@ -94,7 +94,7 @@ def _answer(
     missing = asked.missing(folder)
     actors = min(len(missing), workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
     answered = ray.data.from_items(missing, override_num_blocks=len(missing)).map(
-        PartWriter,
+        PartWriter,  # type: ignore[arg-type]  # Ray Data makes one in each actor
         fn_constructor_args=(*places, asked, str(folder)),
         num_cpus=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=actors, max_size=actors),
