@@ -3,8 +3,8 @@
 A made-up catalogue and histories of ML-100K's size (1,682 items, 20 to 200 events a user), d=64, 2 blocks, L=50, k=10,
 on a private cluster that already runs. Both take all cores: the job an actor of one thread for each, the loop a process
 of one thread for each, with its share of the users. Of the loop only answering counts, neither the start of processes
-nor the opening of the bundle; of the job likewise the time from its first finished part to its last. The whole time of
-the command stands beside it. In turn, medians.
+nor the opening of the bundle; of the job likewise the time after the first part of each actor. The whole time of the command
+stands beside it. In turn, medians.
 """
 
 import functools
@@ -52,12 +52,12 @@ def bare(folder: Path, users: int) -> float:
 
 
 def job(folder: Path, users: int, out: str) -> tuple[float, float]:
-    """Users a second of the command, and of it from its first finished part to its last."""
+    """Users a second of the command, and of it once each actor has finished a part."""
     started_s = time.perf_counter()
     recommend_batch(str(folder / "bundle"), folder / "data", folder / out, K, BATCH_USERS, PART_USERS)
     took_s = time.perf_counter() - started_s
     done_s = sorted(path.stat().st_mtime for path in (folder / out).glob("part-*"))
-    return users / took_s, (users - PART_USERS) / (done_s[-1] - done_s[0])
+    return users / took_s, (users - CORES * PART_USERS) / (done_s[-1] - done_s[CORES - 1])
 
 
 def watched(run: Callable[[], Any]) -> tuple[Any, list[float]]:
