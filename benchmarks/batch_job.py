@@ -3,8 +3,8 @@
 A made-up catalogue and histories of ML-100K's size (1,682 items, 20 to 200 events a user), d=64, 2 blocks, L=50, k=10,
 on a private cluster that already runs. Both take all cores: the job an actor of one thread for each, the loop a process
 of one thread for each, with its share of the users. Of the loop only answering counts, neither the start of processes
-nor the opening of the bundle; of the job likewise the time after the first part of each actor. The whole time of the command
-stands beside it. In turn, medians.
+nor the opening of the bundle; of the job likewise the time after the first part of each actor. The whole time of the
+command stands beside it. In turn, medians.
 """
 
 import functools
