@@ -33,12 +33,13 @@ test: check ## everything .ci/run runs: check, then the whole test suite
 	@deploy/system.sh test
 	$(BIN)/python -m pytest
 
-check: setup ## format, lint, types, import contracts, docs links
+check: setup ## format, lint, types, import contracts, docs links, the docs as a site
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/arch
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # with --quiet it would not count warnings
 
 bench: setup ## one benchmark: make bench THEME=name [ARGS="--quick"]
 	@test -n "$(THEME)" || { echo "bench: name a theme: make bench THEME=name; there are:" \

@@ -33,7 +33,7 @@ ITEMS, USERS, USERS_A_REQUEST, CONNECTIONS = 1_682, 943, 4_000, 64
 TARGET = 2_500
 
 
-def make(folder: Path) -> dict[str, Any]:
+def make(folder: Path, n_users: int = USERS) -> dict[str, Any]:
     """Arguments of the graph."""
     rng = np.random.default_rng(0)
     index = np.arange(1, ITEMS + 1)
@@ -49,12 +49,12 @@ def make(folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     network = Network(NetworkConfig(encoder=EncoderConfig(width=64, blocks=2, max_length=50)), ITEMS)
     write_bundle(folder / "bundle", network, items, name="batch", version="1")
-    lengths = rng.integers(20, 200, USERS)
+    lengths = rng.integers(20, 200, n_users)
     item_E = np.concatenate([rng.choice(ITEMS, length, replace=False) + 1 for length in lengths]).astype(np.int32)
     sequences = Sequences(
         item_E=item_E, offset_U1=np.concatenate([[0], lengths.cumsum()]), time_E=np.arange(len(item_E))
     )
-    users = pa.table({"user_index": np.arange(USERS), "user_id": [str(user) for user in range(USERS)]})
+    users = pa.table({"user_index": np.arange(n_users), "user_id": [str(user) for user in range(n_users)]})
     write_store(folder / "data", sequences, users, items, command="benchmarks.batch")
     return {"bundle": str(folder / "bundle"), "events": str(folder / "events.sqlite"), "seed": str(folder / "data")}
 

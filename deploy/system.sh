@@ -95,6 +95,7 @@ case "${1:-}" in
 setup) check_python ;;
 test)
     need_program git git
+    need_program curl curl # the pages of the documentation ask the service with it
     need_program redis-server redis-server redis # the event stores' contract runs against a real one
     ;;
 *)

@@ -58,7 +58,7 @@ def anchors(document: Path) -> set[str]:
 
 
 def test_every_link_of_the_docs_resolves() -> None:
-    documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    documents = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").rglob("*.md"))]
     assert sum(len(list(links(document))) for document in documents) > 0
     assert broken_links(ROOT, documents) == []
 

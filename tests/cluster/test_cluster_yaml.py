@@ -1,21 +1,29 @@
-"""cluster.yaml is what `ray up` accepts, and its start commands make a cluster, run here for real."""
+"""Both cluster.yaml are what `ray up` accepts, and their start commands make a cluster, run here for real."""
 
 import contextlib
+import json
 import os
+import re
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.util import get_node_ip_address
 
 from elasticrec.cli.local_cluster import CLUSTER_MARK, free_port, kill_marked, marked
 
@@ -23,24 +31,71 @@ ROOT = Path(__file__).parents[2]
 ZERO_PORTS = "--dashboard-agent-listen-port=0 --dashboard-agent-grpc-port=0 --runtime-env-agent-port=0"
 
 
-@pytest.fixture(scope="module")
-def config() -> dict[str, Any]:
-    text = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
-    loaded = yaml.safe_load(text)
+FILES = {"local": ROOT / "cluster.yaml", "aws": ROOT / "deploy" / "aws" / "cluster.yaml"}
+STARTS = ("head_start_ray_commands", "worker_start_ray_commands")
+SETTINGS = {  # what Ray, Serve and Train read on every node
+    "RAY_AUTH_MODE": "token",
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+}
+
+
+def read(name: str) -> dict[str, Any]:
+    loaded = yaml.safe_load(FILES[name].read_text(encoding="utf-8"))
     assert isinstance(loaded, dict)
     return loaded
 
 
-def test_ray_accepts_it_and_rejects_a_misspelt_key(config: dict[str, Any]) -> None:
-    validate_config(prepare_config(config))
+@pytest.mark.parametrize("name", FILES)
+def test_ray_accepts_it_and_rejects_what_is_misspelt(name: str) -> None:
+    validate_config(prepare_config(read(name)))
     with pytest.raises(Exception, match="worker_start_command"):
-        validate_config(prepare_config(config | {"worker_start_command": []}))
+        validate_config(prepare_config(read(name) | {"worker_start_command": []}))
 
 
-def test_start_commands_never_stop_what_runs(config: dict[str, Any]) -> None:
-    prepared = prepare_config(config)
-    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("resources", {"CPU": 0.5}, "0.5 is not of type 'integer'"),
+        ("labels", {"kind": 1}, "1 is not of type 'string'"),
+        ("max_worker", 1, "max_worker"),
+    ],
+)
+def test_ray_rejects_a_wrong_type_of_node(key: str, value: object, message: str) -> None:
+    config = read("aws")
+    config["available_node_types"]["gpu"][key] = value
+    with pytest.raises(Exception, match=message):
+        validate_config(prepare_config(config))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_start_commands_never_stop_what_runs(name: str) -> None:
+    prepared = prepare_config(read(name))
+    for key in STARTS:
         assert all("ray stop" not in command for command in prepared[key])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_setup_is_pinned(name: str) -> None:
+    """It is `make setup`, whose installation takes constraints.txt, which has one version of Ray: that of here."""
+    assert read(name)["setup_commands"] == ['make -C "${ELASTICREC_HOME:-$HOME/elasticrec}" setup']
+    assert re.search(r"pip install .*-c constraints\.txt", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert f"\nray=={ray.__version__}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
+
+
+def test_types_of_nodes_on_aws() -> None:
+    types = read("aws")["available_node_types"]
+    assert read("aws")["head_node_type"] == "head"
+    assert types["head"]["resources"] == {"CPU": 0, "GPU": 0}
+    assert "train_slot" not in types["gateway"]["resources"]
+    assert "GPU" not in types["gateway"]["resources"]
+    for name in ("gpu", "spot"):
+        assert types[name]["min_workers"] == 0 < types[name]["max_workers"]
+        assert types[name]["resources"]["train_slot"] > 0
+    assert types["gpu"]["resources"]["GPU"] > 0
+    assert types["spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert sum(kind.get("max_workers", 0) for kind in types.values()) <= read("aws")["max_workers"]
 
 
 @contextlib.contextmanager
@@ -75,37 +130,159 @@ def wait_for_nodes(count: int, dashboard: str, token: str, logs: list[Path]) -> 
     return nodes
 
 
-def test_start_commands_make_a_cluster_of_two_nodes(config: dict[str, Any]) -> None:
-    (head_command,), (worker_command,) = config["head_start_ray_commands"], config["worker_start_ray_commands"]
-    port, dashboard_port, mark, token = free_port(), free_port(), secrets.token_hex(8), secrets.token_hex(32)
-    dashboard = f"http://127.0.0.1:{dashboard_port}"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """What a machine of the cluster has in its environment, and how the cluster is asked."""
+
+    folder: Path
+    mark: str
+    env: dict[str, str]
+    dashboard: str
+    token: str
+    own: str  # of the head alone
+
+    @property
+    def logs(self) -> list[Path]:
+        return sorted(self.folder.glob("*.log"))
+
+    def wait(self, count: int) -> list[dict[str, Any]]:
+        return wait_for_nodes(count, self.dashboard, self.token, self.logs)
+
+    @contextlib.contextmanager
+    def start(self, name: str, command: str, **settings: str) -> Iterator[None]:
+        """A machine, started as `ray up` does it."""
+        with started(command, self.env | settings, self.folder / f"{name}.log"):
+            yield
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    mark, token, port, dashboard_port = secrets.token_hex(8), secrets.token_hex(32), free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="cy-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        options = f"--block --num-cpus=1 --object-store-memory=200000000 --metrics-export-port=0 {ZERO_PORTS}"
         env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        env |= {"HOME": folder, "PATH": f"{Path(sys.executable).parent}:{env['PATH']}", CLUSTER_MARK: mark}
-        env |= {"RAY_AUTH_TOKEN": token, "RAY_PORT": str(port), "RAY_HEAD_IP": "127.0.0.1"}
-        env |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1"}
+        env |= {"HOME": folder, "PATH": f"{folder}:{Path(sys.executable).parent}:{env['PATH']}", CLUSTER_MARK: mark}
+        env |= {"RAY_AUTH_TOKEN": token, "RAY_PORT": str(port), "RAY_HEAD_IP": get_node_ip_address()}
+        env |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1", "ELASTICREC_HOME": str(ROOT)}
+        env["RAY_OPTIONS"] = f"--block --object-store-memory=200000000 --metrics-export-port=0 {ZERO_PORTS}"
         own = f"--temp-dir={folder} --dashboard-port={dashboard_port} --ray-client-server-port={free_port()}"
-        head_env = env | {"RAY_OPTIONS": f"{options} {own}", "TRAIN_SLOTS": "2"}
-        worker_env = env | {"RAY_OPTIONS": options}
-        logs = [Path(folder) / "head.log", Path(folder) / "worker.log"]
+        dashboard = f"http://127.0.0.1:{dashboard_port}"
         try:
-            with started(head_command, head_env, logs[0]):
-                wait_for_nodes(1, dashboard, token, logs)
-                with started(worker_command, worker_env, logs[1]):
-                    nodes = wait_for_nodes(2, dashboard, token, logs)
-                    settings = raylet_environments(mark)
+            yield Place(folder=Path(folder), mark=mark, env=env, dashboard=dashboard, token=token, own=own)
         finally:
             kill_marked(CLUSTER_MARK, mark)
-    assert sorted(node["resources_total"]["train_slot"] for node in nodes) == [1.0, 2.0]
-    assert [node["resources_total"]["CPU"] for node in nodes] == [1.0, 1.0]
-    assert len(settings) == 2
-    for setting in settings:  # what Serve and Train read on every node
-        assert setting["RAY_AUTH_MODE"] == "token"
-        assert setting["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-        assert setting["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "10"
-        assert setting["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "1"
     assert marked(CLUSTER_MARK, mark) == []
+
+
+def test_start_commands_make_a_cluster_of_every_kind_of_node(place: Place) -> None:
+    (head,), (worker,) = (read("local")[key] for key in STARTS)
+    lister = place.folder / "nvidia-smi"  # as on a machine with two GPUs
+    lister.write_text("#!/bin/sh\nprintf 'GPU 0: H100\\nGPU 1: H100\\n'\n")
+    lister.chmod(0o755)
+    cpus = f"{place.env['RAY_OPTIONS']} --num-cpus=1"
+    with contextlib.ExitStack() as machines:
+        machines.enter_context(place.start("head", head, RAY_OPTIONS=f"{place.env['RAY_OPTIONS']} {place.own}"))
+        nodes = place.wait(1)
+        for kind in ("gateway", "gpu", "spot"):  # one after the other: two cores are too few for three that start
+            machines.enter_context(place.start(kind, worker, NODE_KIND=kind, RAY_OPTIONS=cpus))
+            nodes = place.wait(len(nodes) + 1)
+        settings = raylet_environments(place.mark)
+    totals = {node["labels"].get("kind", "head"): node["resources_total"] for node in nodes}
+    offered = {kind: (total.get("CPU", 0), total.get("train_slot", 0)) for kind, total in totals.items()}
+    assert offered == {"head": (0, 0), "gateway": (1, 0), "gpu": (1, 2), "spot": (1, 1)}
+    assert len(settings) == 4
+    for setting in settings:
+        assert {name: setting.get(name) for name in SETTINGS} == SETTINGS
+
+
+def test_a_wrong_kind_of_node_is_refused(place: Place) -> None:
+    (worker,) = read("local")["worker_start_ray_commands"]
+    done = subprocess.run(
+        ["bash", "-c", worker], env=place.env | {"NODE_KIND": "gpus"}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, "NODE_KIND is 'gpus'; it must be gateway, gpu or spot\n")
+
+
+def test_start_commands_of_aws_and_the_notice_of_a_spot_node(place: Place) -> None:
+    """Resources as Ray's updater gives them; the metadata service is one of ours, which speaks as AWS' does."""
+    (head,), (worker, watch) = (read("aws")[key] for key in STARTS)
+    types = read("aws")["available_node_types"]
+    with contextlib.ExitStack() as machines:
+        metadata = machines.enter_context(metadata_service())
+        head_options = {"RAY_OPTIONS": f"{place.env['RAY_OPTIONS']} {place.own}"}
+        machines.enter_context(place.start("head", head, **override(types["head"]), **head_options))
+        place.wait(1)
+        machines.enter_context(place.start("spot", worker, **override(types["spot"])))
+        nodes = place.wait(2)
+        settings = raylet_environments(place.mark)
+        machines.enter_context(
+            place.start("watch", f"{watch} wait", NOTICE_URL=f"http://127.0.0.1:{metadata.server_address[1]}")
+        )
+        while metadata.asked < 2:  # twice there is no notice
+            time.sleep(0.05)
+        metadata.ends = datetime.now(UTC) + timedelta(seconds=60)
+        place.wait(1)
+    assert sorted(node["resources_total"].get("CPU", 0) for node in nodes) == [0, 8]
+    assert sorted(node["resources_total"].get("train_slot", 0) for node in nodes) == [0, 4]
+    assert {"spot"} == {node["labels"]["kind"] for node in nodes if "kind" in node["labels"]}
+    for setting in settings:
+        assert {name: setting.get(name) for name in SETTINGS} == SETTINGS
+    assert metadata.tokens == metadata.asked  # each question had a token of its own
+
+
+def override(kind: dict[str, Any]) -> dict[str, str]:
+    """As `ray.autoscaler._private.updater.NodeUpdater` puts it before the start commands."""
+    return {
+        "RAY_OVERRIDE_RESOURCES": json.dumps(kind["resources"]),
+        "RAY_OVERRIDE_LABELS": json.dumps(kind.get("labels", {})),
+    }
+
+
+class Metadata(ThreadingHTTPServer):
+    """The part of AWS' metadata service, version 2, that tells of a spot machine's end."""
+
+    ends: datetime | None = None
+    tokens, asked = 0, 0
+
+
+class MetadataHandler(BaseHTTPRequestHandler):
+    server: Metadata
+
+    def do_PUT(self) -> None:
+        assert self.path == "/api/token"
+        self.server.tokens += 1
+        self._answer(200, "a-token")
+
+    def do_GET(self) -> None:
+        assert self.path == "/meta-data/spot/instance-action"
+        self.server.asked += 1
+        if self.headers["X-aws-ec2-metadata-token"] != "a-token":
+            self._answer(401, "")
+        elif self.server.ends is None:
+            self._answer(404, "")
+        else:
+            notice = {"action": "terminate", "time": self.server.ends.strftime("%Y-%m-%dT%H:%M:%SZ")}
+            self._answer(200, json.dumps(notice))
+
+    def _answer(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def metadata_service() -> Iterator[Metadata]:
+    with Metadata(("127.0.0.1", 0), MetadataHandler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def raylet_environments(mark: str) -> list[dict[str, str]]:

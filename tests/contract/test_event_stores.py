@@ -28,8 +28,8 @@ from elasticrec.serving.events import (
     StoredEvent,
     seed_from,
 )
-from elasticrec.serving.redis_events import RedisEventStore
-from elasticrec.serving.stores import open_events
+from elasticrec.serving.redis_events import PASSWORD, RedisEventStore
+from elasticrec.serving.stores import open_events, open_items
 from tests.contract.redis_server import RedisServer, redis_server
 
 # Where a store of each kind lies; every test has a fresh one.
@@ -414,6 +414,19 @@ def test_who_is_erased_while_a_data_set_is_loaded_stays_away(server: RedisServer
         assert "loading" not in client.hgetall("elasticrec:seed")
     store.close()
     other.close()
+
+
+def test_a_password_of_the_environment_opens_both_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    with redis_server() as server:
+        with redis.Redis.from_url(server.url) as client:
+            client.config_set("requirepass", "not-in-the-url")
+        with pytest.raises(EventStoreError, match="uthenticat"):
+            open_events(server.url)
+        monkeypatch.setenv(PASSWORD, "not-in-the-url")
+        store = open_events(server.url)
+        store.append([event("u", "a")])
+        assert store.history("u", 9) == ["a"]
+        assert open_items(server.url).revision() == 0
 
 
 def test_a_password_is_not_shown() -> None:

@@ -1,6 +1,5 @@
 """A user's mistake is one message and status 2; it destroys nothing, and no answer is silently that of other items."""
 
-import importlib
 import json
 import os
 import runpy
@@ -23,6 +22,7 @@ from elasticrec.evaluation.ranking import EvaluationConfig
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.serving.batch import BATCH_SCHEMA, BatchRecommender
+from elasticrec.serving.parts import ANSWERS
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs" / "__init__.py"
 IDS = list("abcdef")
@@ -74,6 +74,7 @@ BATCH = ["recommend-batch", "bundle", "--data", "store", "--out"]
         (["recommend", "bundle", "--history", "a", "--k", "0"], "--k is 0"),
         ([*BATCH, "top", "--k", "0"], "--k is 0"),
         ([*BATCH, "top", "--batch-users", "0"], "--batch-users is 0"),
+        ([*BATCH, "top", "--workers", "0"], "--workers is 0"),
         ([*BATCH, "bundle"], "bundle' exists and is no folder of recommendations"),
         ([*BATCH, "log.csv"], "log.csv' exists and is no folder of recommendations"),
         ([*PREPARE, "bundle"], "'bundle' exists and is no prepared data set"),
@@ -101,15 +102,14 @@ def test_a_mistake_gives_one_message_and_destroys_nothing(
 
 
 def test_only_earlier_answers_are_replaced(home: Path) -> None:
-    answers = importlib.import_module("elasticrec.cli.recommend").ANSWERS
     (home / "top").mkdir()
     pq.write_table(BATCH_SCHEMA.empty_table(), home / "top" / "1.parquet")
-    assert answers.is_in(home / "top")
+    assert ANSWERS.is_in(home / "top")
     pq.write_table(items_of(IDS), home / "top" / "items.parquet")  # somebody's table
-    assert not answers.is_in(home / "top")
+    assert not ANSWERS.is_in(home / "top")
     (home / "top" / "items.parquet").unlink()
     (home / "top" / "deeper").mkdir()
-    assert not answers.is_in(home / "top")
+    assert not ANSWERS.is_in(home / "top")
 
 
 def test_what_the_system_refuses_is_said_with_a_way_out() -> None:
@@ -136,9 +136,8 @@ def test_other_items_are_refused_by_evaluate_and_compress(home: Path) -> None:
 def test_a_bundle_answers_for_a_newer_store(home: Path) -> None:
     assert translation(open_bundle("bundle"), open_store("newer")).tolist() == [0, 0, 6, 5, 4, 3, 2]
     same = store_of(home / "same", IDS, "bc", "bcde")
-    users = {"id": np.arange(2)}
-    expected = BatchRecommender("bundle", str(same.path), k=9)(users).to_pydict()
-    found = BatchRecommender("bundle", "newer", k=9)({"id": np.arange(3)}).to_pydict()
+    expected = pa.concat_tables(BatchRecommender("bundle", str(same.path), k=9).answers(range(2), 2)).to_pydict()
+    found = pa.concat_tables(BatchRecommender("bundle", "newer", k=9).answers(range(3), 2)).to_pydict()
     assert found == expected  # and the third user, who knows nothing that the bundle knows, gets no rows
     assert set(found["user_id"]) == {"u0", "u1"}
     assert {found["item_id"][row] for row, user in enumerate(found["user_id"]) if user == "u1"} == {"a", "f"}

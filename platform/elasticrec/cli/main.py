@@ -50,7 +50,7 @@ COMMANDS: Tree = {
         "list": Command("registry:list_versions", "models, versions and labels"),
     },
     "recommend": Command("recommend:recommend", "recommendations of a bundle, without a service"),
-    "recommend-batch": Command("recommend:recommend_batch", "top-k of every user to parquet, through Ray Data"),
+    "recommend-batch": Command("recommend_batch:recommend_batch", "top-k of every user to parquet, through Ray Data"),
     "serve": {
         "run": Command("serve:run", "serve a bundle from this machine until Ctrl-C"),
         "key": Command("serve:key", "make an API key"),

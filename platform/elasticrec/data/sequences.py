@@ -28,6 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from elasticrec.columns import USER
 from elasticrec.errors import ConfigError, InputError
 
 SCHEMA_VERSION = 1
@@ -96,6 +97,18 @@ class Store:
     def users(self) -> pa.Table:
         """user_index, user_id."""
         return _read_table(self.path / "users.parquet")
+
+    def user_ids(self, users: range) -> pa.Array:
+        """Ids of neighbouring users by index, in order; of the others no more is in memory than is read at a time."""
+        file, first, pieces = pq.ParquetFile(self.path / "users.parquet"), 0, []
+        for number in range(file.num_row_groups):
+            rows = file.metadata.row_group(number).num_rows
+            start, stop = max(users.start, first), min(users.stop, first + rows)
+            if start < stop:
+                ids = file.read_row_group(number, columns=[USER]).column(USER)
+                pieces.append(ids.slice(start - first, stop - start).combine_chunks())
+            first += rows
+        return pa.concat_arrays(pieces)
 
 
 @dataclass(frozen=True, slots=True)

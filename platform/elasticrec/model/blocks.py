@@ -8,9 +8,10 @@ from elasticrec.errors import ConfigError
 from elasticrec.model.bias import TimeGaps
 from elasticrec.model.block import Block, BlockConfig
 from elasticrec.model.hstu import HSTUBlock, HSTUBlockConfig
+from elasticrec.model.own import OwnBlockConfig, make_own_block
 from elasticrec.model.sasrec import SASRecBlock, SASRecBlockConfig
 
-AnyBlock = BlockConfig | HSTUBlockConfig | SASRecBlockConfig
+AnyBlock = BlockConfig | HSTUBlockConfig | SASRecBlockConfig | OwnBlockConfig
 
 
 @singledispatch
@@ -28,3 +29,4 @@ def make_block(
 make_block.register(BlockConfig, Block)
 make_block.register(HSTUBlockConfig, HSTUBlock)
 make_block.register(SASRecBlockConfig, SASRecBlock)
+make_block.register(OwnBlockConfig, make_own_block)

@@ -3,16 +3,15 @@
 # B users, N seen pairs, K places
 """
 
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from elasticrec.artifact.bundle import open_bundle
 from elasticrec.artifact.items import translation
 from elasticrec.columns import ITEM, PAD, USER
-from elasticrec.data.sequences import Int64, open_store
+from elasticrec.data.sequences import open_store
 from elasticrec.serving.past import UserEvents, newest_time, right_align
 from elasticrec.serving.question import Question
 from elasticrec.serving.scorer import Scorer
@@ -22,7 +21,7 @@ BATCH_SCHEMA = pa.schema([(USER, pa.string()), ("rank", pa.int32()), (ITEM, pa.s
 
 
 class BatchRecommender:
-    """Holds bundle and store; a call answers one batch. Ray Data starts one in each of its actors."""
+    """Holds bundle and store, and answers any users of it."""
 
     def __init__(self, bundle: str, data: str, k: int, remove_seen: bool | None = None) -> None:
         """`remove_seen`: none is as the bundle was trained and measured."""
@@ -34,30 +33,35 @@ class BatchRecommender:
         self._now_s = newest_time(self._store.sequences) if self._encoder.inputs.times else 0
         self._scorer = Scorer(network)
         self._item_ids = np.asarray(opened.items().column(ITEM).to_pylist(), dtype=object)
-        self._user_ids = self._store.users().column(USER)
         self._index_in_bundle_I = translation(opened, self._store)
 
-    def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> pa.Table:
-        """`batch["id"]`: user indices (B,). Returns rows of BATCH_SCHEMA, at most k a user, best first.
+    def answers(self, users: range, batch_users: int) -> Iterator[pa.Table]:
+        """Rows of BATCH_SCHEMA for neighbouring users of the store, by index: at most k a user, best first.
 
-        A user whose items are all unknown to the bundle gets no rows: there is nothing to recommend from.
+        `batch_users` go through the network together, and are a table. A user whose items are all unknown to the bundle
+        gets no rows: there is nothing to recommend from.
         """
-        user_B = batch["id"].astype(np.int64)
-        question = self._question(user_B)
+        user_ids = self._store.user_ids(users)
+        for start in range(0, len(users), batch_users):
+            piece = slice(start, start + batch_users)
+            yield self._answer(users[piece], user_ids[piece])
+
+    def _answer(self, users: range, user_ids: pa.Array) -> pa.Table:
+        question = self._question(users)
         answer = self._scorer.score(question)
         assert question.past is not None
         shown_BK = np.isfinite(answer.score_BK) & (question.past.item_BT != PAD).any(axis=1, keepdims=True)
         row_S, place_S = np.nonzero(shown_BK)
         columns = [
-            self._user_ids.take(pa.array(user_B[row_S])).combine_chunks(),
+            user_ids.take(pa.array(row_S)),
             pa.array(place_S + 1, pa.int32()),
             pa.array(self._item_ids[answer.item_BK[shown_BK] - 1], pa.string()),
             pa.array(answer.score_BK[shown_BK], pa.float32()),
         ]
         return pa.table(columns, schema=BATCH_SCHEMA)
 
-    def _question(self, user_B: Int64) -> Question:
-        histories = [self._history(user) for user in user_B.tolist()]
+    def _question(self, users: range) -> Question:
+        histories = [self._history(user) for user in users]
         newest = [history.pick(slice(-self._encoder.max_length, None)) for history in histories]
         seen = [history.item_S if self._remove_seen else history.item_S[:0] for history in histories]
         return Question(

@@ -12,6 +12,7 @@ store is opened; or the URL names `?wait_replicas=N`, and an append counts when 
 
 import contextlib
 import json
+import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from redis.retry import Retry
 from elasticrec.serving.events import EventStoreError, StoredEvent, user_hash
 
 SCHEMES: Final = ("redis", "rediss", "unix")
+PASSWORD: Final = "ELASTICREC_REDIS_PASSWORD"  # variable of the environment
 _WAIT: Final = "wait_replicas"
 _LOADED_EVENTS: Final = 2_000  # in one round trip while a data set is loaded
 _SEED_LOCK_S: Final = 60
@@ -101,6 +103,11 @@ class RedisConfig:
         return f"{place}?{rest}" if rest else place
 
     @property
+    def password(self) -> str | None:
+        """For a URL without one: Ray shows the arguments of an application to whoever sees its dashboard."""
+        return os.environ.get(PASSWORD)
+
+    @property
     def wait_replicas(self) -> int:
         given = dict(parse_qsl(urlsplit(self.url).query)).get(_WAIT, "0")
         if not given.isdigit():
@@ -122,6 +129,7 @@ class RedisEventStore:
         with self._telling():
             self._server: Any = redis.Redis.from_url(
                 config.server_url,
+                password=config.password,
                 socket_timeout=config.timeout_s,
                 socket_connect_timeout=config.timeout_s,
                 retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), config.retries),

@@ -42,6 +42,7 @@ class RedisItemStore:
         with self._telling():
             self._server: Any = redis.Redis.from_url(
                 config.server_url,
+                password=config.password,
                 socket_timeout=config.timeout_s,
                 socket_connect_timeout=config.timeout_s,
                 decode_responses=True,

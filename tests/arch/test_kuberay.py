@@ -1,0 +1,466 @@
+"""The manifests of deploy/kuberay hold together: fields, names, ports, resources, secrets, and what runs inside."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import ray
+import yaml
+from pydantic import ValidationError
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+from tests.arch.commands import job_command, parsed
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of Ray's own code
+    from ray.serve.schema import ServeDeploySchema
+
+    from elasticrec.serving.graph import Args
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deploy" / "kuberay"
+MANIFESTS = ("cluster", "job", "service", "redis", "shared", "disruption", "network")
+KUBERNETES = "1.32"
+SCHEMA = json.loads(Path(__file__).with_name("kuberay_schema.json").read_text(encoding="utf-8"))
+CLUSTER_AT = {"RayCluster": "", "RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
+NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+SECRET_NAME = re.compile(r"PASSWORD|TOKEN|SECRET|KEY$")
+UNITS = {"m": 1e-3, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+MARGIN_S = 30  # between the end of the drain and the kill
+Document = dict[str, Any]
+
+
+@cache
+def _read(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+def documents() -> list[Document]:
+    return [document for name in MANIFESTS for document in yaml.safe_load_all(_read(f"{name}.yaml"))]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pod:
+    """A pod's template and where it stands."""
+
+    where: str
+    template: Document
+    claimed: tuple[str, ...] = ()  # volumes that a StatefulSet gives
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        return dict(self.template["metadata"].get("labels", {}))
+
+    @property
+    def spec(self) -> Document:
+        return dict(self.template["spec"])
+
+    @property
+    def containers(self) -> list[Document]:
+        return list(self.spec["containers"])
+
+
+def ray_spec(document: Document) -> Document | None:
+    """The RayClusterSpec of a document of KubeRay."""
+    if document["kind"] not in CLUSTER_AT:
+        return None
+    key = CLUSTER_AT[document["kind"]]
+    return dict(document["spec"][key] if key else document["spec"])
+
+
+def pods(document: Document) -> Iterator[Pod]:
+    where = f"{document['kind']} {document['metadata']['name']}"
+    if spec := ray_spec(document):
+        yield Pod(where=f"{where}, head", template=spec["headGroupSpec"]["template"])
+        for group in spec.get("workerGroupSpecs", []):
+            yield Pod(where=f"{where}, {group['groupName']}", template=group["template"])
+    elif document["kind"] == "StatefulSet":
+        claimed = tuple(claim["metadata"]["name"] for claim in document["spec"].get("volumeClaimTemplates", []))
+        yield Pod(where=where, template=document["spec"]["template"], claimed=claimed)
+
+
+def findings(all_of_them: list[Document], secrets: Mapping[str, set[str]]) -> list[str]:
+    """One line for each thing that would not work."""
+    every_pod = [pod for document in all_of_them for pod in pods(document)]
+    found: list[str] = []
+    for document in all_of_them:
+        found += [*_schema(document), *_names(document), *_selectors(document, every_pod), *_inside(document)]
+    claims = {one["metadata"]["name"] for one in all_of_them if one["kind"] == "PersistentVolumeClaim"}
+    for pod in every_pod:
+        found += [*_pod_schema(pod), *_volumes(pod, secrets, claims)]
+        for container in pod.containers:
+            found += [*_ports(pod, container), *_resources(pod, container), *_secrets(pod.where, container, secrets)]
+            found += _hardened(pod, container)
+    return found
+
+
+def _schema(document: Document) -> Iterator[str]:
+    where = f"{document['kind']} {document['metadata'].get('name')}"
+    try:
+        if document["kind"] in CLUSTER_AT:
+            jsonschema.validate(document, SCHEMA)
+        elif said := _refused(json.dumps(document)):
+            yield f"{where}: {said}"
+    except jsonschema.ValidationError as error:
+        yield f"{where}: {(jsonschema.exceptions.best_match([error]) or error).message}"
+
+
+def _pod_schema(pod: Pod) -> Iterator[str]:
+    metadata = {"name": "checked"} | pod.template["metadata"]
+    text = json.dumps({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod.spec})
+    if said := _refused(text):
+        yield f"{pod.where}: {said}"
+
+
+@cache  # its schemas are read anew at each call
+def _refused(text: str) -> str:
+    """What Kubernetes' schema, with unknown fields refused, says of a document as JSON."""
+    try:
+        kubernetes_validate.validate(json.loads(text), KUBERNETES, strict=True)
+    except jsonschema.ValidationError as error:
+        return error.message
+    return ""
+
+
+def _names(document: Document) -> Iterator[str]:
+    name = document["metadata"].get("name", "")
+    if not NAME.fullmatch(name):
+        yield f"{document['kind']}: name '{name}' is none"
+    if document["metadata"].get("labels", {}).get("app.kubernetes.io/part-of") != "elasticrec":
+        yield f"{document['kind']} {name}: no label app.kubernetes.io/part-of"
+    for pod in pods(document):
+        if "app.kubernetes.io/component" not in pod.labels:
+            yield f"{pod.where}: no label app.kubernetes.io/component"
+
+
+def _selectors(document: Document, every_pod: list[Pod]) -> Iterator[str]:
+    spec, where = document["spec"], f"{document['kind']} {document['metadata']['name']}"
+    selector = spec.get("podSelector") or spec.get("selector")
+    if selector is None:
+        return
+    wanted = selector.get("matchLabels", {}) if "matchLabels" in selector else selector
+    matched = [pod for pod in every_pod if wanted.items() <= pod.labels.items()]
+    if not matched:
+        yield f"{where}: selects no pod"
+    for port in spec.get("ports", []):
+        names = {port_of["name"] for pod in matched for box in pod.containers for port_of in box.get("ports", [])}
+        if port.get("targetPort") not in names:
+            yield f"{where}: no container has the port {port.get('targetPort')}"
+
+
+def _ports(pod: Pod, container: Document) -> Iterator[str]:
+    ports = container.get("ports", [])
+    where = f"{pod.where}, {container['name']}"
+    for key in ("name", "containerPort"):
+        values = [port[key] for port in ports]
+        if len(set(values)) < len(values):
+            yield f"{where}: a {key} of ports is there twice"
+    known = {port["name"] for port in ports} | {port["containerPort"] for port in ports}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        action = container.get(probe, {})
+        asked = (action.get("httpGet") or action.get("tcpSocket") or {}).get("port")
+        if asked is not None and asked not in known:
+            yield f"{where}: {probe} asks port {asked}, which is none of its ports"
+    for probe in ("readinessProbe", "livenessProbe"):
+        if probe not in container:
+            yield f"{where}: no {probe}"
+
+
+def quantity(text: str) -> float:
+    number, unit = re.fullmatch(r"([0-9.]+)([a-zA-Z]*)", str(text)).groups()  # type: ignore[union-attr]
+    return float(number) * UNITS[unit]
+
+
+def _resources(pod: Pod, container: Document) -> Iterator[str]:
+    where = f"{pod.where}, {container['name']}"
+    asked, most = (container.get("resources", {}).get(key, {}) for key in ("requests", "limits"))
+    for name in ("cpu", "memory"):
+        if name not in asked or name not in most:
+            yield f"{where}: {name} needs a request and a limit"
+    for name, value in asked.items():
+        if name in most and quantity(value) > quantity(most[name]):
+            yield f"{where}: requests {value} of {name}, more than its limit of {most[name]}"
+
+
+def _secrets(where: str, container: Document, secrets: Mapping[str, set[str]]) -> Iterator[str]:
+    for entry in container.get("env", []):
+        reference = entry.get("valueFrom", {}).get("secretKeyRef")
+        if reference and reference["key"] not in secrets.get(reference["name"], set()):
+            yield f"{where}: no secret {reference['name']} with a {reference['key']}"
+        if "value" in entry and SECRET_NAME.search(entry["name"]):
+            yield f"{where}: {entry['name']} stands there for everybody; take it from a secret"
+
+
+def _volumes(pod: Pod, secrets: Mapping[str, set[str]], claims: set[str]) -> Iterator[str]:
+    volumes = {volume["name"]: volume for volume in pod.spec.get("volumes", [])}
+    for container in pod.containers:
+        for mount in container.get("volumeMounts", []):
+            if mount["name"] not in {*volumes, *pod.claimed}:
+                yield f"{pod.where}: mounts {mount['name']}, which is no volume"
+    for volume in volumes.values():
+        secret, claim = volume.get("secret", {}).get("secretName"), volume.get("persistentVolumeClaim", {})
+        if secret and secret not in secrets:
+            yield f"{pod.where}: no secret {secret}"
+        if claim and claim["claimName"] not in claims:
+            yield f"{pod.where}: no claim {claim['claimName']}"
+
+
+def _hardened(pod: Pod, container: Document) -> Iterator[str]:
+    where = f"{pod.where}, {container['name']}"
+    if not pod.spec.get("securityContext", {}).get("runAsNonRoot"):
+        yield f"{where}: may run as root"
+    locked = container.get("securityContext", {})
+    if locked.get("allowPrivilegeEscalation") is not False or locked.get("capabilities") != {"drop": ["ALL"]}:
+        yield f"{where}: may gain privileges"
+    if container["name"] == "ray-worker":
+        yield from _drains(where, pod, container)
+
+
+def _drains(where: str, pod: Pod, container: Document) -> Iterator[str]:
+    command = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
+    if "/opt/elasticrec/deploy/drain.py" not in command:
+        yield f"{where}: is not drained before it ends"
+    elif float(command[-1]) + MARGIN_S > pod.spec.get("terminationGracePeriodSeconds", 30):
+        yield f"{where}: is killed before its drain of {command[-1]} s is over"
+
+
+def _inside(document: Document) -> Iterator[str]:
+    """What Ray itself makes of it."""
+    spec, name = ray_spec(document), document["metadata"]["name"]
+    if spec is None:
+        return
+    where = f"{document['kind']} {name}"
+    if spec.get("rayVersion") != ray.__version__:
+        yield f"{where}: rayVersion {spec.get('rayVersion')}, the image has {ray.__version__}"
+    yield from _groups(where, spec)
+    if document["kind"] == "RayJob":
+        yield from _entrypoint(where, document["spec"]["entrypoint"])
+    if document["kind"] == "RayService":
+        yield from _serve_config(where, document["spec"]["serveConfigV2"])
+    yield from _secrets(where, {"env": spec.get("autoscalerOptions", {}).get("env", [])}, {})
+
+
+def _groups(where: str, spec: Document) -> Iterator[str]:
+    try:
+        types = _derive_autoscaling_config_from_ray_cr(
+            {"metadata": {"name": "checked", "namespace": "elasticrec"}, "spec": copy.deepcopy(spec)}
+        )["available_node_types"]
+    except Exception as error:  # noqa: BLE001 - whatever Ray's autoscaler says of it
+        yield f"{where}: Ray's autoscaler refuses it: {error!r}"
+        return
+    if types["headgroup"]["resources"]["CPU"] != 0:
+        yield f"{where}: work may be placed on the head"
+    for group in spec.get("workerGroupSpecs", []):
+        if not group["minReplicas"] <= group.get("replicas", group["minReplicas"]) <= group["maxReplicas"]:
+            yield f"{where}, {group['groupName']}: replicas are not between minReplicas and maxReplicas"
+        component = group["template"]["metadata"]["labels"].get("app.kubernetes.io/component")
+        if ("train_slot" in types[group["groupName"]]["resources"]) != (component == "training"):
+            yield f"{where}, {group['groupName']}: train_slot is for training alone"
+
+
+def _entrypoint(where: str, entrypoint: str) -> Iterator[str]:
+    words = [word.replace("/opt/elasticrec", str(ROOT)) for word in entrypoint.split()]
+    try:
+        parsed(job_command(words))
+    except ValueError as error:
+        yield f"{where}: {error}"
+
+
+def _serve_config(where: str, text: str) -> Iterator[str]:
+    try:
+        config = ServeDeploySchema.model_validate(yaml.safe_load(text))
+        for application in config.applications:
+            if application.import_path != "elasticrec.serving.graph:app":
+                yield f"{where}: import path {application.import_path}"
+            args = Args.model_validate(application.args)
+            if args.keys is None and config.http_options.host == "0.0.0.0":
+                yield f"{where}: answers everybody"
+            if not args.events.startswith("redis"):
+                yield f"{where}: events of several pods need redis"
+    except ValidationError as error:
+        yield f"{where}: {error}"
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Secrets and their keys, as secrets.sh makes them: run, with a kubectl that writes down what it is asked."""
+    folder = tmp_path_factory.mktemp("secrets")
+    kubectl, asked, drawn, keys = (folder / name for name in ("kubectl", "asked", "drawn", "keys.json"))
+    answers = f'case "$*" in *" get "*|get*) exit 1;; */dev/stdin) cat >{drawn};; esac'
+    kubectl.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>{asked}\n{answers}\n')
+    kubectl.chmod(0o755)
+    keys.write_text("{}")
+    env = os.environ | {"KUBECTL": str(kubectl)}
+    subprocess.run([FOLDER / "secrets.sh", keys], env=env, check=True, timeout=60)
+    made: dict[str, set[str]] = {}
+    for line in asked.read_text().splitlines():
+        if match := re.search(r"create secret generic (\S+) --from-\w+=([\w.]+)=(\S+)", line):
+            made.setdefault(match[1], set()).add(match[2])
+            assert match[3] in (str(keys), "/dev/stdin")  # no value on a command line
+    assert re.fullmatch(r"[0-9a-f]{64}", drawn.read_text())
+    assert "create namespace elasticrec" in asked.read_text()
+    return made
+
+
+def test_manifests_hold_together(secrets: dict[str, set[str]]) -> None:
+    assert secrets == {"elasticrec-redis": {"password"}, "elasticrec-keys": {"keys.json"}}
+    assert [document["kind"] for document in documents()][:3] == ["RayCluster", "RayJob", "RayService"]
+    assert findings(documents(), secrets) == []
+
+
+def test_no_secret_lies_in_the_folder() -> None:
+    for path in FOLDER.iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert "kind: Secret\n" not in text
+        assert not re.search(r"[0-9a-f]{32}|er_[A-Za-z0-9_-]{20}", text), path.name
+
+
+def test_the_kustomization_takes_files_that_are_there() -> None:
+    kustomization = yaml.safe_load(_read("kustomization.yaml"))
+    assert all((FOLDER / name).is_file() for name in kustomization["resources"])
+    assert {name.removesuffix(".yaml") for name in kustomization["resources"]} == {*MANIFESTS} - {"cluster", "job"}
+    used = {box["image"] for one in documents() for pod in pods(one) for box in pod.containers}
+    assert {image["name"] for image in kustomization["images"]} == {image for image in used if ":" not in image}
+    assert all(image.split(":")[1] != "latest" for image in used if ":" in image)
+
+
+def _at(kind: str, *path: str | int) -> Callable[[list[Document]], tuple[Any, str | int]]:
+    def find(all_of_them: list[Document]) -> tuple[Any, str | int]:
+        node: Any = next(one for one in all_of_them if one["kind"] == kind)
+        for step in path[:-1]:
+            node = node[step]
+        return node, path[-1]
+
+    return find
+
+
+HEAD = ("spec", "headGroupSpec", "template", "spec")
+WORKER = ("spec", "workerGroupSpecs", 0, "template", "spec")
+BOX = (*WORKER, "containers", 0)
+SERVE_BOX = ("spec", "rayClusterConfig", "workerGroupSpecs", 0, "template", "spec", "containers", 0)
+
+
+@pytest.mark.parametrize(
+    ("find", "value", "said"),
+    [
+        (_at("RayCluster", "spec", "enableInTreeAutoscalin"), True, "enableInTreeAutoscalin"),
+        (_at("RayCluster", "spec", "authOptions", "mode"), "tokens", "'tokens' is not one of"),
+        (_at("RayCluster", "spec", "rayVersion"), "2.9.0", "rayVersion 2.9.0, the image has"),
+        (_at("RayCluster", "spec", "headGroupSpec", "rayStartParams", "num-cpus"), "2", "placed on the head"),
+        (_at("RayCluster", "spec", "workerGroupSpecs", 0, "minReplicas"), "1", "is not of type 'integer'"),
+        (_at("RayCluster", "spec", "workerGroupSpecs", 0, "replicas"), 99, "not between minReplicas"),
+        (
+            _at("RayCluster", "spec", "workerGroupSpecs", 0, "rayStartParams"),
+            {"resources": "{}}"},
+            "autoscaler refuses",
+        ),
+        (_at("RayCluster", "spec", "workerGroupSpecs", 1, "rayStartParams"), {}, "train_slot is for training"),
+        (_at("RayCluster", *HEAD, "containerz"), [], "'containerz' was unexpected"),
+        (_at("RayCluster", *BOX, "livenessProbe", "httpGet", "port"), "agents", "asks port agents"),
+        (_at("RayCluster", *BOX, "livenessProbe", "httpGt"), {}, "'httpGt' was unexpected"),
+        (_at("RayCluster", *BOX, "resources", "requests", "memory"), "9Gi", "more than its limit of 8Gi"),
+        (_at("RayCluster", *BOX, "resources", "limits"), {"memory": "8Gi"}, "cpu needs a request and a limit"),
+        (_at("RayCluster", *BOX, "ports", 0, "name"), "agent", "a name of ports is there twice"),
+        (_at("RayCluster", *BOX, "lifecycle"), {}, "is not drained before it ends"),
+        (_at("RayCluster", *WORKER, "terminationGracePeriodSeconds"), 120, "killed before its drain"),
+        (_at("RayCluster", *WORKER, "securityContext"), {}, "may run as root"),
+        (_at("RayCluster", *BOX, "securityContext"), {}, "may gain privileges"),
+        (_at("RayCluster", *WORKER, "volumes", 0, "persistentVolumeClaim", "claimName"), "mine", "no claim mine"),
+        (_at("RayCluster", *BOX, "volumeMounts", 0, "name"), "share", "mounts share, which is no volume"),
+        (_at("RayCluster", *BOX, "env"), [{"name": "REDIS_PASSWORD", "value": "x"}], "stands there for everybody"),
+        (_at("RayCluster", "metadata", "name"), "Elastic_Rec", "name 'Elastic_Rec' is none"),
+        (_at("RayCluster", "metadata", "labels"), {}, "no label app.kubernetes.io/part-of"),
+        (_at("RayJob", "spec", "entrypoint"), "python -m jobs.trian", "no job: python -m jobs.trian"),
+        (_at("RayJob", "spec", "entrypoint"), "python -m jobs.train --elastic.max-worker 8", "elastic.max-worker"),
+        (_at("RayJob", "spec", "submissionMode"), "HTTP", "'HTTP' is not one of"),
+        (_at("RayService", "spec", "serveConfigV2"), "applications: [{name: a, importpath: b}]", "import_path"),
+        (_at("RayService", *SERVE_BOX, "readinessProbe", "httpGet", "port"), 8001, "asks port 8001"),
+        (
+            _at("RayService", "spec", "rayClusterConfig", *HEAD[1:], "volumes", 1, "secret", "secretName"),
+            "elasticrec-key",
+            "no secret elasticrec-key",
+        ),
+        (_at("StatefulSet", "spec", "replica"), 1, "'replica' was unexpected"),
+        (_at("Service", "spec", "selector"), {"app.kubernetes.io/component": "reddis"}, "selects no pod"),
+        (_at("Service", "spec", "ports", 0, "targetPort"), "reddis", "no container has the port reddis"),
+        (_at("PodDisruptionBudget", "spec", "selector", "matchLabels"), {"app": "x"}, "selects no pod"),
+        (_at("PodDisruptionBudget", "spec", "minAvailabel"), 1, "'minAvailabel' was unexpected"),
+        (
+            _at(
+                "StatefulSet", "spec", "template", "spec", "containers", 0, "env", 0, "valueFrom", "secretKeyRef", "key"
+            ),
+            "pass",
+            "no secret elasticrec-redis with a pass",
+        ),
+    ],
+)
+def test_each_mistake_is_found(
+    secrets: dict[str, set[str]],
+    find: Callable[[list[Document]], tuple[Any, str | int]],
+    value: object,
+    said: str,
+) -> None:
+    broken = copy.deepcopy(documents())
+    node, key = find(broken)
+    node[key] = value
+    assert any(said in line for line in findings(broken, secrets)), findings(broken, secrets)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("keys: /etc", "key: /etc", "Extra inputs are not permitted"),
+        ("keys: /etc/elasticrec/keys/keys.json\n", "\n", "answers everybody"),
+        ("events: redis://elasticrec-redis:6379/1", "events: events.sqlite", "need redis"),
+        ("replicas: 2\n", "replicas: none\n", "valid integer"),
+        ("serving.graph:app", "serving.graph:application", "import path elasticrec.serving.graph:application"),
+        ("port: 8000 }", "port: eight }", "valid integer"),
+        ("proxy_location: EveryNode", "proxy_location: EveryNodes", "EveryNode"),
+    ],
+)
+def test_each_mistake_in_the_service_is_found(secrets: dict[str, set[str]], old: str, new: str, said: str) -> None:
+    broken = copy.deepcopy(documents())
+    spec = next(one for one in broken if one["kind"] == "RayService")["spec"]
+    assert old in spec["serveConfigV2"]
+    spec["serveConfigV2"] = spec["serveConfigV2"].replace(old, new)
+    assert any(said in line for line in findings(broken, secrets)), findings(broken, secrets)
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Of the Dockerfile: its words and what follows them, continued lines joined."""
+    text = re.sub(r"\\\n", " ", re.sub(r"(?m)^#.*\n", "", _read("Dockerfile")))
+    return [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in text.splitlines() if line.strip()]
+
+
+def test_the_image_is_pinned_small_and_not_root() -> None:
+    found = instructions()
+    bases = [rest.split()[0] for word, rest in found if word == "FROM"]
+    assert bases
+    assert all(re.fullmatch(r"[a-z]+:\d+\.\d+\.\d+-slim-\w+", base) for base in bases)
+    assert [rest for word, rest in found if word == "USER"] == ["1000"]
+    assert [word for word, _ in found].index("USER") < [word for word, _ in found].index("HEALTHCHECK")
+    installs = [rest for word, rest in found if word == "RUN" and "pip install" in rest]
+    assert installs
+    assert all("-c constraints.txt" in rest for rest in installs)
+    assert "PIP_NO_CACHE_DIR=1" in " ".join(rest for word, rest in found if word == "ENV")
+    assert not [rest for word, rest in found if word in ("ADD", "ARG")]
+
+
+def test_the_image_gets_what_it_copies_and_nothing_else() -> None:
+    copied = [rest.split()[:-1] for word, rest in instructions() if word == "COPY" and not rest.startswith("--from")]
+    sources = {source for words in copied for source in words}
+    ignored = _read("Dockerfile.dockerignore").splitlines()
+    assert "*" in ignored
+    assert {line.removeprefix("!") for line in ignored if line.startswith("!")} == sources
+    assert all((ROOT / source).exists() for source in sources)

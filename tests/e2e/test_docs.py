@@ -1,0 +1,141 @@
+"""Every command of the documentation: run here, or, where its block says that it belongs elsewhere, understood."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from elasticrec.cli.local_cluster import LocalClusterConfig, local_cluster
+from elasticrec.data.prepare import PrepareConfig, prepare
+from elasticrec.data.synthetic import SyntheticConfig, describe_items, generate
+from tests.arch.fences import PAGES, ROOT, check_command, fences
+from tests.e2e.docs_session import Session
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def make_logs(folder: Path) -> None:
+    """Logs as the pages have them: clicks and products of a shop, and a year of another one."""
+    config = SyntheticConfig(users=80, items=60)  # one step an epoch
+    log, items = generate(config), describe_items(config)
+    users = pa.array([f"c-{user.removeprefix('u')}" for user in log["user_id"].to_pylist()])
+    skus = {item: f"sku-{place}" for place, item in enumerate(items["item_id"].to_pylist())}
+    sku = pa.array([skus[item] for item in log["item_id"].to_pylist()])
+    clicks = pa.table({"customer": users, "sku": sku, "at": log["timestamp"]})
+    for name, table in (("clicks/one.parquet", clicks), ("logs/2024-01.parquet", _with_kind(clicks))):
+        (folder / name).parent.mkdir()
+        pq.write_table(table, folder / name)
+    titles = pa.table({"sku": list(skus.values()), "name": items["title"]})
+    shelves = pa.array(["tea" if place % 2 else "books" for place in range(len(skus))])
+    pyarrow.csv.write_csv(titles.append_column("shelf", shelves), folder / "products.csv")
+    pyarrow.csv.write_csv(titles.append_column("tags", shelves), folder / "catalogue.csv")
+    columns = {"user": "customer", "item": "sku", "time": "at"}
+    prepare(PrepareConfig(interactions=(str(folder / "clicks"),), out=folder / "store", **columns))  # type: ignore[arg-type]
+
+
+def _with_kind(clicks: pa.Table) -> pa.Table:
+    return clicks.append_column("kind", pa.array(["view", "buy"] * (len(clicks) // 2) + ["view"] * (len(clicks) % 2)))
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str]]]:
+    """By page, what each of its commands did: one session of all pages, on one cluster."""
+    folder = tmp_path_factory.mktemp("docs")
+    make_logs(folder)
+    with pytest.MonkeyPatch.context() as patch:  # of the cluster, and so of its workers: the pages' own modules
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "platform"), str(ROOT), str(folder)]))
+        patch.setenv("ELASTICREC_OWN_BLOCKS", "shop_blocks")
+        with local_cluster(LocalClusterConfig(num_cpus=2, train_slots=2)) as cluster:
+            command = [sys.executable, "-m", "tests.e2e.docs_session", str(folder)]
+            done = subprocess.run(
+                command, cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=280, check=False
+            )
+    (folder / "outcomes.jsonl").write_text(done.stdout, encoding="utf-8")  # who took how long
+    found: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            outcome = json.loads(line)
+            found[outcome["page"]].append(outcome)
+    assert done.returncode == 0, done.stderr[-3_000:]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_each_block_says_what_it_is(page: str) -> None:
+    assert [fence.problem() for fence in fences(ROOT / page) if fence.problem()] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if fences(ROOT / page)])
+def test_each_command_does_what_the_page_says(page: str, outcomes: dict[str, list[dict[str, str]]]) -> None:
+    assert outcomes[page]
+    assert [f"{outcome['command']}: {outcome['error']}" for outcome in outcomes[page] if outcome["error"]] == []
+
+
+@pytest.mark.parametrize(
+    ("block", "error"),
+    [
+        ("```bash\nelasticrec data check nowhere\n```", "not a prepared data set"),
+        ("```bash\nfrobnicate\n```", "neither run nor understood"),
+        ("```bash\nmake coffee\n```", "no target"),
+        ('```bash title="on a cluster"\nelasticrec train --elastic.max-worker 2\n```', "max-worker"),
+        ('```bash title="on a cluster"\nelasticrec registry promte\n```', "did you mean 'promote'"),
+        ('```bash title="on a cluster"\nray job submit --workingdir . -- python -m jobs.train\n```', "workingdir"),
+        ('```bash title="on a cluster"\nray job submit -- python -m jobs.trian\n```', "no job"),
+        ('```bash title="on a cluster"\nray job submit -- python -m jobs.train --epoch 3\n```', "epoch"),
+        ('```bash title="on a cluster"\nray up clusters.yaml\n```', "clusters.yaml"),
+        ('```bash title="on a cluster"\nserve run serve_apps.recommender:app bundel=x\n```', "bundel"),
+        ('```bash title="on a cluster"\nserve deploy serve_apps/recomender.yaml\n```', "recomender.yaml"),
+        ('```bash title="on Kubernetes"\nkubectl aply -k deploy/kuberay\n```', "aply"),
+        (
+            '```bash title="on Kubernetes"\nkubectl apply -f deploy/kuberay/jobs.yaml\n```',
+            "no deploy/kuberay/jobs.yaml",
+        ),
+        ('```bash title="with Docker"\ndocker build -f deploy/Dockerfile .\n```', "no deploy/Dockerfile"),
+        ("```python\nimport elasticrec.nothing\n```", "No module named"),
+        ('```python title="in a program"\nfrom elasticrec.config import laod\n```', "has no ['laod']"),
+        ("```python\n1 / 0\n```", "division by zero"),
+        ("```yaml\na: [\n```", "while parsing"),
+        ("```yaml\nepoch: 3\n```", "neither settings of a run nor of a sweep"),
+        ("```yaml\nplan: {shard: 3}\n```", "did you mean 'shards'"),
+        ("```json\n{…}\n```", "JSONDecodeError"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")  # in Ray's own code
+def test_a_mistake_in_a_page_is_found(tmp_path: Path, block: str, error: str) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# Page\n\n{block}\n", encoding="utf-8")
+    session = Session(tmp_path)
+    said = [text for fence in fences(page) for _, text in session.block(fence)]
+    assert len(said) == 1
+    assert error in said[0]
+
+
+@pytest.mark.parametrize(
+    ("opening", "problem"),
+    [
+        ('bash title="somewhere"', "title 'somewhere' says neither a file nor a place"),
+        ("shell", "is no language of ours"),
+        ("bash norun", "is no language of ours"),
+    ],
+)
+def test_a_block_that_is_neither_is_named(tmp_path: Path, opening: str, problem: str) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"```{opening}\nls\n```\n", encoding="utf-8")
+    (fence,) = fences(page)
+    assert problem in fence.problem()
+
+
+def test_continued_lines_comments_and_functions_are_read() -> None:
+    text = 'job() {\n  ray job submit -- python -m "$@"\n}\n\njob jobs.train --name a \\\n    --epochs 3  # three\n'
+    from tests.arch.fences import Fence
+
+    fence = Fence(page="p", line=1, language="bash", title="", text=text)
+    assert list(fence.commands()) == ["ray job submit -- python -m jobs.train --name a --epochs 3"]
+    check_command(next(fence.commands()), ROOT)
