@@ -96,6 +96,9 @@ setup) check_python ;;
 test)
     need_program git git
     need_program redis-server redis-server redis # the event stores' contract runs against a real one
+    need_program prometheus prometheus golang-github-prometheus # every query of the dashboard is evaluated
+    need_program promtool prometheus golang-github-prometheus
+    need_program chromium chromium chromium-browser # the console is used in it
     ;;
 *)
     say "usage: deploy/system.sh setup|test"
