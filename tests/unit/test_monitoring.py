@@ -5,15 +5,18 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import yaml
 
 from elasticrec.cli import monitor
+from elasticrec.cli.local_cluster import free_port
 from elasticrec.cli.monitor import MonitorError
 from elasticrec.errors import ConfigError
 from elasticrec.monitoring import dashboard, files, rules, series
@@ -266,3 +269,35 @@ def test_the_one_cluster_of_this_machine_is_found_and_several_are_named(
         shutil.copytree(tmp_path / "er-1", tmp_path / "er-2")
         with pytest.raises(MonitorError, match=r"--discovery, of: .*er-1.*er-2"):
             monitor.find()
+
+
+GRAFANA = """
+import http.server, pathlib, sys
+port = next(int(word.rpartition("=")[2]) for word in sys.argv if word.startswith("cfg:server.http_port="))
+pathlib.Path(sys.argv[0]).with_suffix(".words").write_text("\\n".join(sys.argv[1:]))
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", port), Healthy).serve_forever()
+"""
+
+
+def test_grafana_gets_our_dashboard_and_prometheus(tmp_path: Path) -> None:
+    """A program in Grafana's place, which is seldom installed: what it is told, and that it ends."""
+    program, port = tmp_path / "grafana-server", free_port()
+    program.write_text(f"#!{sys.executable}\n{GRAFANA}", encoding="utf-8")
+    program.chmod(0o755)
+    config = monitor.MonitorConfig(discovery={}, folder=tmp_path / "watched", port=9_099)
+    files.write(config.folder)
+    with monitor.grafana(str(program), config, port) as url:
+        assert httpx.get(url, trust_env=False).is_success
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url, trust_env=False)
+    words = (tmp_path / "grafana-server.words").read_text(encoding="utf-8").splitlines()
+    provisioning = next(Path(word.partition("=")[2]) for word in words if "paths.provisioning=" in word)
+    told = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text(encoding="utf-8"))
+    assert told["datasources"][0]["url"] == "http://127.0.0.1:9099"
+    folder = yaml.safe_load((provisioning / "dashboards" / "elasticrec.yml").read_text(encoding="utf-8"))
+    (shown,) = Path(folder["providers"][0]["options"]["path"]).iterdir()
+    assert json.loads(shown.read_text(encoding="utf-8"))["uid"] == url.rpartition("/")[2]

@@ -180,10 +180,38 @@ def test_requests_and_refusals_are_told_by_route_and_reason(tmp_path: Path) -> N
         ("other", "429"): 1,
     }
     refused = {labels[0]: amount for (one, labels), amount in page.added.items() if one is series.REFUSED}
-    assert refused == {"key": 2, "scope": 1, "rate": 1, "room": 0}
+    assert refused == {"key": 2, "scope": 1, "rate": 1, "room": 0, "queue": 0}
     assert page.added[series.EVENTS, ()] == 3
     assert sum(page.observed[series.EVENT_LAG_MS, ()].counts) == 1
     assert page.observed[series.EVENT_LAG_MS, ()].sum >= page.observed[series.EVENT_WRITE_MS, ()].sum > 0
     assert page.levels[series.DRIFT_SAMPLES, ("events", "a")] == 3
     assert page.added[series.DEGRADED, ()] == 0
     assert page.levels[series.IN_FLIGHT, ()] == 0
+
+
+def test_a_full_queue_is_a_refusal_of_its_own(tmp_path: Path) -> None:
+    events = SqliteEventStore(SqliteConfig(path=tmp_path / "events.sqlite"))
+    watch, model = Watch(), Model("a")
+    gate = asyncio.Event()
+
+    async def slow(requests: Any) -> list[Recommendation]:
+        await gate.wait()
+        return await model.recommend(requests)
+
+    async def scenario() -> list[int]:
+        service = Service(model=model, recommend=slow, events=events, watch=watch, max_waiting=1)
+        transport = httpx.ASGITransport(app=create_app(service, None))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            asking = []
+            for _ in range(5):  # one runs, one waits
+                asking.append(asyncio.create_task(client.post("/v1/recommend", json={"user_id": "u"})))
+                await asyncio.sleep(0.02)
+            gate.set()
+            return sorted([(await one).status_code for one in asking])
+
+    assert asyncio.run(scenario()) == [200, 200, 429, 429, 429]
+    events.close()
+    refused = {
+        labels[0]: amount for (one, labels), amount in watch.ledger.turn().added.items() if one is series.REFUSED
+    }
+    assert refused["queue"] == 3

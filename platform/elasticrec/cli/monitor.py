@@ -154,7 +154,7 @@ def _by_dashboard(url: str) -> dict[str, Any]:
         raise MonitorError(
             f"{place} answers {answer.status_code}; set RAY_AUTH_TOKEN to the cluster's, or give --targets"
         )
-    authorization = {"authorization": {"credentials": token}} if token else {}
+    authorization = {"authorization": {"type": "Bearer", "credentials": token}} if token else {}
     return {"http_sd_configs": [{"url": place, "refresh_interval": "5s", **authorization}]}
 
 

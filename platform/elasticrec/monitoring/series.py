@@ -96,7 +96,7 @@ def _milliseconds(name: str, text: str, *labels: str) -> Series:
 # HTTP
 REQUESTS = _counter("requests", "requests", "HTTP requests by route and status", "route", "status")
 REQUEST_MS = _milliseconds("request_ms", "from a request's headers to the end of its answer", "route")
-REFUSED = _counter("refused", "requests", "refused before the app: key, scope, rate of the key, room", "reason")
+REFUSED = _counter("refused", "requests", "refused for a key, its scope, its rate, room, a full queue", "reason")
 IN_FLIGHT = _gauge("in_flight", "requests", "requests that a replica works on or holds back")
 
 # Answers

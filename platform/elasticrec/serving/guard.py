@@ -106,6 +106,8 @@ class Guard:
             _require_scope(key, scope["method"], path)
             await self._require_rate(who)
             await self._in_time(scope, receive, marked, headers, path)
+            if marked.status == OverloadedError.status:
+                self._watch.refused("queue")
         except ApiError as error:
             if isinstance(error, UnauthorizedError):  # whoever has no key must not fill the audit
                 self._watch.refused("key")

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from elasticrec.monitoring import series
 from elasticrec.monitoring.drift import BEST, Reference, Tracked, tracked
@@ -18,7 +18,7 @@ from elasticrec.serving.history import Request
 from elasticrec.serving.postprocess import Recommendation
 
 Role = Literal["production", "canary", "shadow"]
-Refusal = Literal["key", "scope", "rate", "room"]
+Refusal = Literal["key", "scope", "rate", "room", "queue"]
 
 SAMPLING_S: Final = 0.05  # between two batches that drift is computed from, which costs some 50 µs
 _SAMPLED: Final = 4  # answers of a batch that drift is computed from
@@ -51,7 +51,7 @@ class Watch:
         self._tracked: dict[str, tuple[Catalogue, dict[str, Tracked]]] = {}
         self._first_score: dict[tuple[str, str], _Mean] = {}
         self.ledger.add(series.DEGRADED, 0)
-        for reason in ("key", "scope", "rate", "room"):
+        for reason in get_args(Refusal):
             self.ledger.add(series.REFUSED, 0, reason)
 
     def hold(self, versions: Mapping[str, tuple[Catalogue, Reference | None]]) -> None:
