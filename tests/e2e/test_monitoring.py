@@ -202,11 +202,12 @@ class Watched:
 
 
 def expressions() -> dict[str, str]:
-    """Every query of the dashboard, recorded share, and value that an alert compares."""
+    """Every query of the dashboard, recorded share, value that an alert compares, and kind of drift."""
     panels = {title: text.replace(dashboard.WINDOW, "20s") for title, text in dashboard.queries()}
     shares = {one.record(burn.long): one.record(burn.long) for one in rules.OBJECTIVES for burn in rules.BURNS}
     shares |= {one.record(burn.short): one.record(burn.short) for one in rules.OBJECTIVES for burn in rules.BURNS}
-    return panels | shares | {one.name: one.value for one in rules.ALERTS}
+    drifts = {f"drift of {of}": series.DRIFT.select(of=of) for of in ("scores", "items", "events")}
+    return panels | shares | drifts | {one.name: one.value for one in rules.ALERTS}
 
 
 def test_the_command_ends_in_order_on_ctrl_c(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """A ledger in, Ray's instruments fed from it once a second out. The only module of monitoring that knows Ray."""
 
 import logging
+import math
 import threading
 from itertools import accumulate
 from types import ModuleType
 from typing import Any, Final
 
-from elasticrec.monitoring.ledger import Buckets, Ledger, Page
+from elasticrec.monitoring.ledger import Buckets, Key, Ledger, Page
 from elasticrec.monitoring.series import EDGE, Series
 
 PERIOD_S: Final = 1.0
@@ -40,6 +41,7 @@ class Instruments:
         self._metrics = metrics
         self._made: dict[str, Any] = {}
         self._started: set[tuple[str, tuple[str, ...]]] = set()
+        self._levels: set[Key] = set()
 
     def write(self, page: Page) -> None:
         """Tells Ray what came together since the page before."""
@@ -47,9 +49,16 @@ class Instruments:
             self._add(series.full_name, series.text, series.labels, labels, amount)
         for (series, labels), buckets in page.observed.items():
             self._observe(series, labels, buckets)
-        for (series, labels), value in page.levels.items():
-            gauge = self._instrument("Gauge", series.full_name, series.text, series.labels)
-            gauge.set(float(value), tags=dict(zip(series.labels, labels, strict=True)))
+        for key, value in page.levels.items():
+            self._set(key, value)
+        for key in self._levels - page.levels.keys():  # Ray would go on telling the last value
+            self._set(key, math.nan)
+        self._levels = set(page.levels)
+
+    def _set(self, key: Key, value: float) -> None:
+        series, labels = key
+        gauge = self._instrument("Gauge", series.full_name, series.text, series.labels)
+        gauge.set(float(value), tags=dict(zip(series.labels, labels, strict=True)))
 
     def _observe(self, series: Series, labels: tuple[str, ...], buckets: Buckets) -> None:
         names = (*series.labels, EDGE)

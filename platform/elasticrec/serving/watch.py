@@ -27,27 +27,29 @@ _EVENTS_SAMPLED: Final = 16  # events of a request
 
 @dataclass(slots=True)
 class _Mean:
-    """Of what came since it was read last."""
+    """Of what came since it was read last; the one before where nothing came."""
 
     sum: float = 0.0
     count: int = 0
+    last: float | None = None
 
     def add(self, value: float) -> None:
         self.sum, self.count = self.sum + value, self.count + 1
 
     def take(self) -> float | None:
-        mean = self.sum / self.count if self.count else None
+        self.last = self.sum / self.count if self.count else self.last
         self.sum, self.count = 0.0, 0
-        return mean
+        return self.last
 
 
 class Watch:
     """Belongs to one event loop, but for `wrote`."""
 
     def __init__(self, ledger: Ledger | None = None, sampling_s: float = SAMPLING_S) -> None:
-        """`ledger`: of the process; without one nobody reads what is written. `sampling_s`: between two samples."""
+        """`ledger`: of the process; without one nobody reads what is written. `sampling_s`: between two samples of a role."""
         self.ledger = ledger or Ledger()
-        self._sampling_s, self._sampled_s = sampling_s, -math.inf
+        self._sampling_s = sampling_s
+        self._sampled_s: dict[Role, float] = {}
         self._tracked: dict[str, tuple[Catalogue, dict[str, Tracked]]] = {}
         self._first_score: dict[tuple[str, str], _Mean] = {}
         self.ledger.add(series.DEGRADED, 0)
@@ -60,6 +62,9 @@ class Watch:
             for name in self._tracked.pop(version)[1]:
                 self.ledger.forget(series.DRIFT, name, version)
                 self.ledger.forget(series.DRIFT_SAMPLES, name, version)
+        for role, version in [key for key in self._first_score if key[1] not in versions]:
+            del self._first_score[role, version]
+            self.ledger.forget(series.FIRST_SCORE, role, version)
         for version in versions.keys() - self._tracked.keys():
             catalogue, known = versions[version]
             found = tracked(known, catalogue.count_I)
@@ -125,9 +130,9 @@ class Watch:
 
     def _sample(self, role: Role, version: str, requests: Sequence[Request], answers: Sequence[Recommendation]) -> None:
         """Scores and items of a few answers that nobody's wishes have changed, of BEST items as in the reference."""
-        if (now_s := time.monotonic()) - self._sampled_s < self._sampling_s:
+        if (now_s := time.monotonic()) - self._sampled_s.get(role, -math.inf) < self._sampling_s:
             return
-        self._sampled_s = now_s
+        self._sampled_s[role] = now_s
         plain = [
             answer.items[:BEST]
             for request, answer in zip(requests, answers, strict=True)
