@@ -75,12 +75,11 @@ async def _run(service: Service, function: Callable[[], list[str]]) -> list[str]
 
 
 def _moves(service: Service) -> Moves:
-    moves = service.moves()
-    if moves is None:
+    if service.moves is None:
         raise NothingToMoveError(
             "this service answers by one bundle; deploy it from REGISTRY#NAME@LABEL to move labels"
         )
-    return moves
+    return service.moves
 
 
 def _shown(version: str, answer: Recommendation, took_ms: float) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class FusedReplica:
             refused=lambda: self._versions.refused,
             state=self._versions.state,
             roles=self._versions.roles,
-            moves=partial(_moves, args),
+            moves=_moves(args),
             meter=self._meter,
             watch=watch,
         )
@@ -262,7 +262,7 @@ class GatewayReplica:
             refused=lambda: self._versions.refused,
             state=self._versions.state,
             roles=self._versions.roles,
-            moves=partial(_moves, args),
+            moves=_moves(args),
         )
         self._app = create_app(service, keys, _protection(args))
 

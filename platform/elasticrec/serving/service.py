@@ -54,7 +54,7 @@ class Service:
     refused: Callable[[], Iterable[str]] = tuple  # bundles that were asked for and do not answer
     state: Callable[[], dict[str, Any]] = dict  # for operators
     roles: Callable[[], dict[str, tuple[str, Recommend]]] = dict  # name and model of each version that has a role
-    moves: Callable[[], Moves | None] = lambda: None  # how labels are moved, where the service follows one
+    moves: Moves | None = None  # how labels are moved, where the service follows one
     meter: Meter = field(default_factory=Meter)
     watch: Watch = field(default_factory=Watch)
     event_thread: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="events"))

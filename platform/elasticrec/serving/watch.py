@@ -46,7 +46,7 @@ class Watch:
     """Belongs to one event loop, but for `wrote`."""
 
     def __init__(self, ledger: Ledger | None = None, sampling_s: float = SAMPLING_S) -> None:
-        """`ledger`: of the process; without one nobody reads what is written. `sampling_s`: between two samples of a role."""
+        """`ledger`: of the process; without one nobody reads what is written. `sampling_s`: between two of a role."""
         self.ledger = ledger or Ledger()
         self._sampling_s = sampling_s
         self._sampled_s: dict[Role, float] = {}
