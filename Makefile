@@ -5,7 +5,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup quickstart test check bench clean
+.PHONY: help setup quickstart test check monitor bench clean
 
 help: ## this list
 	@echo "usage: make TARGET"
@@ -40,6 +40,9 @@ check: setup ## format, lint, types, import contracts, docs links, the docs as a
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/arch
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # with --quiet it would not count warnings
+
+monitor: setup ## Prometheus and Grafana beside a running cluster; ARGS="--dashboard URL" for another one
+	@$(BIN)/elasticrec monitor $(ARGS)
 
 bench: setup ## one benchmark: make bench THEME=name [ARGS="--quick"]
 	@test -n "$(THEME)" || { echo "bench: name a theme: make bench THEME=name; there are:" \

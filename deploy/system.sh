@@ -97,6 +97,9 @@ test)
     need_program git git
     need_program curl curl # the pages of the documentation ask the service with it
     need_program redis-server redis-server redis # the event stores' contract runs against a real one
+    need_program prometheus prometheus golang-github-prometheus # every query of the dashboard is evaluated
+    need_program promtool prometheus golang-github-prometheus
+    need_program chromium chromium chromium-browser # the console is used in it
     ;;
 *)
     say "usage: deploy/system.sh setup|test"

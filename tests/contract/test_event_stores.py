@@ -328,6 +328,19 @@ def test_an_erased_user_is_gone_and_no_data_set_brings_them_back(store: EventSto
     assert store.history("ann", 10) == ["new"]
 
 
+def test_users_are_found_by_how_their_id_begins(store: EventStore) -> None:
+    store.append([event(user, item) for user in ("b1", "b%", "B1", "b12", "a") for item in ("x", "y")])
+    store.seed("data", [event("b2", "x"), event("c", "x")])
+    assert sorted(store.users("b1", 10)) == ["b1", "b12"]
+    assert store.users("b%", 10) == ["b%"]
+    assert sorted(store.users("", 10)) == ["B1", "a", "b%", "b1", "b12", "b2", "c"]
+    assert len(store.users("b", 2)) == 2
+    assert store.users("z", 10) == []
+    store.erase("b2")
+    store.erase("b1")
+    assert sorted(store.users("b", 10)) == ["b%", "b12"]
+
+
 def test_newest_gives_times_and_types(store: EventStore) -> None:
     given = [StoredEvent(user_id="ann", item_id="é", timestamp=2**53, event_type=None), event("ann", "b", 0)]
     store.append(given)

@@ -95,7 +95,7 @@ def test_standard_error_by_hand() -> None:
 
 
 def test_summary_cuts_the_list_at_each_k() -> None:
-    one = Ranking(rank_C=np.array([1]), top_CK=np.array([[2, 1]]))
+    one = Ranking(rank_C=np.array([1]), top_CK=np.array([[2, 1]]), score_CK=np.zeros((1, 2), dtype=np.float32))
     report = summarize(one, EvaluationConfig(ks=(1, 2)), count_I=np.array([0, 3, 1, 0]))
     assert report.cases == 1
     assert (report.metrics["coverage@1"], report.metrics["coverage@2"]) == pytest.approx((1 / 3, 2 / 3))

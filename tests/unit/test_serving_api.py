@@ -218,6 +218,9 @@ def test_openapi_names_every_route_its_limits_and_the_key(app: FastAPI) -> None:
         "/v1/items/{item_id}/similar",
         "/v1/users/{user_id}",
         "/v1/admin/replica",
+        "/v1/admin/users",
+        "/v1/admin/compare",
+        "/v1/admin/versions",
         "/healthz",
         "/readyz",
     }

@@ -72,6 +72,10 @@ OPERATIONS = [
     ("/v1/users/{user_id}", "GET"),
     ("/v1/users/{user_id}", "DELETE"),
     ("/v1/admin/replica", "GET"),
+    ("/v1/admin/users", "GET"),
+    ("/v1/admin/compare", "GET"),
+    ("/v1/admin/versions", "GET"),
+    ("/v1/admin/versions", "POST"),
     ("/healthz", "GET"),
     ("/readyz", "GET"),
 ]
@@ -79,6 +83,7 @@ NOTHING_WRONG = [
     ("/v1/items/{item_id}", "GET"),
     ("/v1/items/{item_id}", "DELETE"),
     ("/v1/admin/replica", "GET"),
+    ("/v1/admin/versions", "GET"),
     ("/healthz", "GET"),
     ("/readyz", "GET"),
 ]

@@ -302,6 +302,33 @@ def test_items_alike_are_those_of_the_nearest_vectors(bundle: Bundle, recommende
     assert [item.item_id for item in other.items] == ids(recommender, Request(k=2, history=("i5",)))
 
 
+def test_a_reason_is_the_nearest_item_of_the_history(bundle: Bundle, recommender: Recommender) -> None:
+    history, length = ("i3", "?", "i14", "i15", "i3"), 6
+    weight_ID = bundle.network().encoder.items.get_parameter("weight_ID").detach().numpy()
+    row_ID = weight_ID / np.linalg.norm(weight_ID, axis=1, keepdims=True)
+    asked = Request(k=20, history=history[-length:], explain=True)
+    explained, silent = recommender.recommend([asked, replace(asked, explain=False)])
+    assert explained.items == silent.items
+    assert silent.reasons == ()
+    known = [3, 14, 15]
+    for item, reason in zip(explained.items, explained.reasons, strict=True):
+        nearest = known[int(np.argmax(row_ID[known] @ row_ID[int(item.item_id[1:])]))]
+        assert reason is not None
+        assert reason.item_id == f"i{nearest}"
+    assert len({reason.item_id for reason in explained.reasons if reason}) > 1
+    (popular,) = recommender.recommend([Request(k=3, history=("?",), explain=True)])
+    assert popular.reasons == (None, None, None)
+
+
+def test_reasons_stay_with_their_items_when_an_answer_is_spread(recommender: Recommender) -> None:
+    asked = Request(k=30, history=("i3", "i14"), explain=True)
+    straight, spread = recommender.recommend([asked, replace(asked, diversity=0.8)])
+    known = dict(zip((item.item_id for item in straight.items), straight.reasons, strict=True))
+    both = [(item.item_id, reason) for item, reason in zip(spread.items, spread.reasons, strict=True)]
+    assert all(known.get(item_id, reason) == reason for item_id, reason in both)
+    assert [item_id for item_id, _ in both] != [item.item_id for item in straight.items]
+
+
 def test_only_some_items_are_put_in_order(bundle: Bundle, recommender: Recommender) -> None:
     score = score_of(bundle, 7)
     wanted = ("i30", "i3", "unknown", "i44", "i7")

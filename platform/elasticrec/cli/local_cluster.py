@@ -61,6 +61,7 @@ class LocalClusterConfig:
     keep: bool = False
     auth: Literal["disabled", "token"] = "disabled"
     object_store_bytes: int = 512 * 2**20
+    metrics_s: float = 10.0  # between two reports of each process
     start_timeout_s: float = 60.0
     stop_timeout_s: float = 20.0
     attempts: int = 3
@@ -231,6 +232,7 @@ def _environment(config: LocalClusterConfig, address: str, dashboard_url: str, t
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
         "RAY_worker_niceness": "0",  # by default 15: replicas would wait for whatever else the machine does
+        "RAY_metrics_report_interval_ms": str(round(1e3 * config.metrics_s)),
         "RAY_health_check_period_ms": "1000",  # a killed node counts as dead after 5 refused checks: 5 s, not 15
         "RAY_SERVE_ENABLE_HA_PROXY": str(int(config.haproxy)),
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # what blocks is in threads of ours; a fifth less CPU

@@ -56,6 +56,7 @@ COMMANDS: Tree = {
         "key": Command("serve:key", "make an API key"),
         "revoke": Command("serve:revoke", "take an API key back"),
     },
+    "monitor": Command("monitor:monitor", "Prometheus and Grafana beside a running cluster until Ctrl-C"),
 }
 
 _ADVICE: Mapping[type[OSError], str] = {

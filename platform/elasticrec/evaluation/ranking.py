@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elasticrec.columns import PAD
 from elasticrec.data.inputs import Inputs, read_past
-from elasticrec.data.sequences import Int64, Sequences
+from elasticrec.data.sequences import Float32, Int64, Sequences
 from elasticrec.data.split import Cases, SplitData
 from elasticrec.errors import ConfigError, ElasticRecError
 from elasticrec.evaluation import metrics
@@ -53,6 +53,7 @@ class Ranking:
 
     rank_C: Int64
     top_CK: Int64  # item indices, best first; 0 where fewer than K items were allowed
+    score_CK: Float32  # of these
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,12 +99,13 @@ def rank(
     """Ranks of all answers. Ties go to the more popular item (the smaller index), so that the result is one.
 
     Args:
-        tops: false leaves `top_CK` empty, which saves the search for the best items.
+        tops: false leaves `top_CK` and `score_CK` empty, which saves the search for the best items.
 
     Raises:
         ElasticRecError: the scorer gave NaN.
     """
     rank_parts, top_parts = [np.empty(0, dtype=np.int64)], [np.empty((0, max(config.ks)), dtype=np.int64)]
+    score_parts = [np.empty((0, max(config.ks)), dtype=np.float32)]
     for batch in _affordable(scorer, sequences, cases, config.batch_cases, max_length):
         score_BI = scorer.scores(histories(sequences, batch, max_length)).float()
         if torch.isnan(score_BI).any():
@@ -116,9 +118,13 @@ def rank(
         target_B = torch.from_numpy(sequences.item_E[batch.target_C].astype(np.int64)).to(score_BI.device)
         rank_parts.append(_rank_of(score_BI, target_B))
         if tops:
-            top_parts.append(_top(score_BI, max(config.ks)))
+            top_BK, score_BK = _top(score_BI, max(config.ks))
+            top_parts.append(top_BK)
+            score_parts.append(score_BK)
         advance(len(batch))
-    return Ranking(rank_C=np.concatenate(rank_parts), top_CK=np.concatenate(top_parts))
+    return Ranking(
+        rank_C=np.concatenate(rank_parts), top_CK=np.concatenate(top_parts), score_CK=np.concatenate(score_parts)
+    )
 
 
 def summarize(ranking: Ranking, config: EvaluationConfig, count_I: Int64) -> Report:
@@ -206,8 +212,8 @@ def _rank_of(score_BI: Tensor, target_B: Tensor) -> Int64:
     return np.asarray(rank_B.cpu().numpy(), dtype=np.int64)
 
 
-def _top(score_BI: Tensor, k: int) -> Int64:
-    """The k best of each row, ties to the smaller index; torch.topk alone takes any of equal scores."""
+def _top(score_BI: Tensor, k: int) -> tuple[Int64, Float32]:
+    """The k best of each row, their scores; ties to the smaller index, torch.topk alone takes any of equal scores."""
     size = min(k, score_BI.shape[1])
     last_B1 = score_BI.topk(size, dim=1).values[:, -1:]
     above_BI, equal_BI = score_BI > last_B1, score_BI == last_B1
@@ -216,4 +222,8 @@ def _top(score_BI: Tensor, k: int) -> Int64:
     index_BK = kept_BI.nonzero()[:, 1].view(-1, size)
     value_BK, order_BK = score_BI.gather(1, index_BK).sort(dim=1, descending=True, stable=True)
     top_BK = index_BK.gather(1, order_BK).masked_fill(torch.isinf(value_BK), PAD)
-    return np.pad(np.asarray(top_BK.cpu().numpy(), dtype=np.int64), ((0, 0), (0, k - size)), constant_values=PAD)
+    short = ((0, 0), (0, k - size))
+    return (
+        np.pad(np.asarray(top_BK.cpu().numpy(), dtype=np.int64), short, constant_values=PAD),
+        np.pad(np.asarray(value_BK.cpu().numpy(), dtype=np.float32), short, constant_values=-np.inf),
+    )

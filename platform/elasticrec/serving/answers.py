@@ -17,6 +17,7 @@ from elasticrec.serving.history import Request
 from elasticrec.serving.items import ItemStoreError
 from elasticrec.serving.meter import Meter
 from elasticrec.serving.postprocess import Recommendation
+from elasticrec.serving.watch import Watch
 
 _RESERVE: Final = 0.3  # of the caller's time, kept for the answer without the model: many are late at once
 _FAIR_S: Final = 0.2  # a model that had less than this was not late, its caller was in a hurry
@@ -34,11 +35,13 @@ class Answers:
         config: CircuitConfig,
         meter: Meter,
         fair_s: float = _FAIR_S,
+        watch: Watch | None = None,
     ) -> None:
         """`submit`: asks the model. `popular`: answers without it; called in a thread of its own. `fair_s`: with less
         time than this the model cannot fail."""
         self._ask = submit
         self._meter = meter
+        self._watch = watch or Watch()
         self._fair_s = fair_s
         self.circuit = Circuit(config)
         thread = ThreadPoolExecutor(1, thread_name_prefix="popular")
@@ -49,7 +52,7 @@ class Answers:
         self._popular = Batcher(run, max_batch=_MAX_BATCH)
 
     async def submit(self, request: Request) -> Recommendation:
-        """The answer to one request; its time is told to the meter.
+        """The answer to one request; its time is told to the meter and the watch.
 
         Raises:
             EventStoreError: histories cannot be read.
@@ -58,7 +61,9 @@ class Answers:
         """
         started_s = time.perf_counter()
         answer = await self._answer(request)
-        self._meter.observe(1e3 * (time.perf_counter() - started_s), answer.degraded)
+        took_ms = 1e3 * (time.perf_counter() - started_s)
+        self._meter.observe(took_ms)
+        self._watch.answer(took_ms, answer)
         return answer
 
     async def _answer(self, request: Request) -> Recommendation:

@@ -18,6 +18,7 @@ MAX_FACTOR: Final = 1_000.0
 MAX_BATCH_USERS: Final = 10_000
 MAX_BATCH_ITEMS: Final = 200_000  # users times k
 CURSOR: Final = "^[A-Za-z0-9_-]{16}$"
+VERSION: Final = "^[A-Za-z0-9][A-Za-z0-9._-]*$"
 MAX_QUERY_CHARACTERS: Final = 256
 MAX_TITLE_CHARACTERS: Final = 1_000
 MAX_ITEM_CATEGORIES: Final = 100
@@ -43,6 +44,13 @@ Seconds = Annotated[int, Field(ge=0, le=MAX_TIMESTAMP_S), BeforeValidator(_whole
 def _needs(name: str, kind: str) -> dict[str, Any]:
     """JSON Schema of an object that has this field, and not as null."""
     return {"required": [name], "properties": {name: {"type": kind}}}
+
+
+def _wish(action: str, **kinds: str) -> dict[str, Any]:
+    """JSON Schema of an object with this action: which fields are there, and which are not."""
+    properties = {name: {"type": kind} for name, kind in kinds.items()}
+    needed = [name for name, kind in kinds.items() if kind != "null"]
+    return {"properties": {"action": {"const": action}, **properties}, "required": ["action", *needed]}
 
 
 class Boost(BaseModel):
@@ -99,6 +107,7 @@ class RecommendRequest(Wishes):
     user_id: Id | None = None
     history: list[Id] | None = Field(default=None, max_length=MAX_HISTORY, description="item ids, oldest first")
     offset: Whole = Field(default=0, ge=0, le=MAX_OFFSET, description="items to skip")
+    explain: bool = Field(default=False, description="whether each item comes with the item of the history like it")
     cursor: str | None = Field(
         default=None,
         pattern=CURSOR,
@@ -126,12 +135,20 @@ class BatchRequest(Wishes):
         return self
 
 
+class Reason(BaseModel):
+    """The item of the history that is most like the recommended one, by the model's vectors."""
+
+    item_id: str
+    title: str | None
+
+
 class RecommendedItem(BaseModel):
     """One item of an answer."""
 
     item_id: str
     title: str | None
     score: float | None = Field(description="the model's score; none in an answer by popularity")
+    because: Reason | None = Field(default=None, description="where `explain` asked for it, and there is one")
 
 
 class RecommendResponse(BaseModel):
@@ -247,6 +264,72 @@ class ItemResponse(BaseModel):
     timings_ms: dict[str, float]
 
 
+class UsersResponse(BaseModel):
+    """Ids of users with events."""
+
+    user_ids: list[str]
+
+
+class VersionAnswer(BaseModel):
+    """What one version answers."""
+
+    model_version: str
+    items: list[RecommendedItem]
+    source: Literal["model", "popularity"]
+    took_ms: float
+
+
+class CompareResponse(BaseModel):
+    """The answer of each version that has a role: production, canary, shadow."""
+
+    user_id: str
+    answers: dict[str, VersionAnswer]
+
+
+class VersionsResponse(BaseModel):
+    """A model of the registry."""
+
+    name: str
+    versions: list[str]
+    labels: dict[str, str]
+
+
+class MoveRequest(BaseModel):
+    """`promote` and `rollback` move production; `canary` gives a version a share of the users, 0 ends it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        json_schema_extra={
+            "oneOf": [
+                _wish("promote", version="string", percent="null"),
+                _wish("canary", version="string", percent="number"),
+                _wish("rollback", version="null", percent="null"),
+            ]
+        },
+    )
+
+    action: Literal["promote", "rollback", "canary"]
+    version: str | None = Field(default=None, pattern=VERSION, max_length=64, description="of promote and canary")
+    percent: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False, description="of canary")
+    reason: str = Field(default="console", max_length=200, pattern=r"^\w[^\x00-\x1f]*$")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.version is None) != (self.action == "rollback"):
+            raise ValueError("promote and canary need a version, rollback has none")
+        if (self.percent is None) == (self.action == "canary"):
+            raise ValueError("canary needs percent, the others have none")
+        return self
+
+
+class MoveResponse(BaseModel):
+    """The label has moved, and every replica answers by it."""
+
+    told: str
+
+
 class HealthResponse(BaseModel):
     """The state of a replica."""
 
@@ -344,6 +427,22 @@ class OverloadedError(ApiError):
     def __init__(self, detail: str, retry_after_s: int = 1) -> None:
         super().__init__(detail)
         self.headers = MappingProxyType({"retry-after": str(retry_after_s)})
+
+
+class MoveRefusedError(ApiError):
+    """A version was not taken; what was live stays."""
+
+    status = 409
+    kind = "move-refused"
+    title = "The label was not moved"
+
+
+class NothingToMoveError(ApiError):
+    """The service follows no label."""
+
+    status = 409
+    kind = "no-label"
+    title = "The service follows no label"
 
 
 class DeadlineError(ApiError):

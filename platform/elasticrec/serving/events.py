@@ -98,6 +98,10 @@ class EventStore(Protocol):
         """How many events of a user there are."""
         ...
 
+    def users(self, prefix: str, limit: int) -> list[str]:
+        """Ids that begin so, of users with events; at most `limit`, in no order that one could rely on."""
+        ...
+
     def erase(self, user_id: str) -> int:
         """Removes all events of a user, and keeps those of every data set that is seeded later away; number removed."""
         ...
@@ -168,6 +172,21 @@ class SqliteEventStore:
         with self._read_lock, self._telling():
             (count,) = self._reader.execute("SELECT count(*) FROM events WHERE user_id = ?", (user_id,)).fetchone()
         return int(count)
+
+    def users(self, prefix: str, limit: int) -> list[str]:
+        # One step down the index for each user, however many events each has.
+        query = """
+            WITH RECURSIVE found (user_id) AS (
+                SELECT min(user_id) FROM events WHERE user_id >= :prefix
+                UNION ALL
+                SELECT (SELECT min(user_id) FROM events WHERE user_id > found.user_id) FROM found
+                WHERE substr(found.user_id, 1, length(:prefix)) = :prefix
+            )
+            SELECT user_id FROM found WHERE substr(user_id, 1, length(:prefix)) = :prefix LIMIT :limit
+        """
+        with self._read_lock, self._telling():
+            rows = self._reader.execute(query, {"prefix": prefix, "limit": limit}).fetchall()
+        return [user_id for (user_id,) in rows]
 
     def erase(self, user_id: str) -> int:
         with self._write_lock, self._telling():

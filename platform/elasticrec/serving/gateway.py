@@ -18,6 +18,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from elasticrec import __version__
+from elasticrec.monitoring.series import WAITING
 from elasticrec.serving.admin import admin
 from elasticrec.serving.answers import Answers, fair_s
 from elasticrec.serving.api import (
@@ -32,6 +33,7 @@ from elasticrec.serving.api import (
 )
 from elasticrec.serving.auth import KeyRing
 from elasticrec.serving.batcher import Batcher
+from elasticrec.serving.console import console
 from elasticrec.serving.document import documented
 from elasticrec.serving.events import EventStoreError, StoredEvent
 from elasticrec.serving.guard import Guard, ProblemResponse, Protection, respond
@@ -93,11 +95,12 @@ def create_app(service: Service, keys: KeyRing | None, protection: Protection | 
     app.include_router(_product(service, fair_s((protection or Protection()).timeout_ms)))
     app.include_router(_events(service))
     app.include_router(users(lambda: service.model.catalogue, service.events, service.event_thread))
-    app.include_router(admin(service.state))
+    app.include_router(admin(service))
+    app.include_router(console())
     app.include_router(_health(service))
     _add_problems(app)
     app.openapi = documented(app)  # type: ignore[method-assign]
-    app.add_middleware(Guard, keys=keys, protection=protection)
+    app.add_middleware(Guard, keys=keys, protection=protection, watch=service.watch)
     return app
 
 
@@ -111,8 +114,9 @@ def _product(service: Service, fair_s: float) -> APIRouter:
         alone=True,
         group=service.group,
     )
-    answers = Answers(questions.submit, service.model.popular, service.circuit, service.meter, fair_s)
+    answers = Answers(questions.submit, service.model.popular, service.circuit, service.meter, fair_s, service.watch)
     service.meter.waiting = lambda: questions.waiting
+    service.watch.ledger.level(WAITING, lambda: questions.waiting)
     add_recommendations(router, service, answers.submit)
     add_search(router, service, answers.submit)
     add_items(router, service, answers.submit)
@@ -127,7 +131,9 @@ def _events(service: Service) -> APIRouter:
     async def events(body: EventsRequest) -> Response:
         started_s = time.perf_counter()
         await writes.submit(_stored(body))
-        unknown = sum(event.item_id not in service.model.catalogue for event in body.events)
+        item_ids = [event.item_id for event in body.events]
+        service.watch.accepted(service.model.version, item_ids, 1e3 * (time.perf_counter() - started_s))
+        unknown = sum(item_id not in service.model.catalogue for item_id in item_ids)
         response = EventsResponse(
             accepted=len(body.events),
             unknown_items=unknown,

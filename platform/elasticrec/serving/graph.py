@@ -9,7 +9,6 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,12 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from elasticrec.artifact.bundle import Bundle, open_bundle
+from elasticrec.artifact.location import locate
+from elasticrec.artifact.registry import parse_reference
 from elasticrec.errors import BundleError
+from elasticrec.monitoring.drift import Reference
+from elasticrec.monitoring.instruments import export
+from elasticrec.monitoring.series import WAITING
 from elasticrec.serving.api import DeadlineError, UnavailableError
 from elasticrec.serving.audit import Audit
 from elasticrec.serving.auth import KeyRing, require_loopback
@@ -38,6 +42,7 @@ from elasticrec.serving.gateway import Service, create_app, in_thread
 from elasticrec.serving.guard import Protection
 from elasticrec.serving.labels import rollout_of
 from elasticrec.serving.meter import Meter
+from elasticrec.serving.moves import Moves
 from elasticrec.serving.placement import require_one_host
 from elasticrec.serving.prior import PriorConfig
 from elasticrec.serving.question import Candidates, Question
@@ -51,6 +56,7 @@ from elasticrec.serving.setup import StagesConfig, check_stages
 from elasticrec.serving.shelf import Shelf
 from elasticrec.serving.stores import absolute, is_shared, open_events, open_items
 from elasticrec.serving.versions import Loaded, Versions
+from elasticrec.serving.watch import Watch
 
 _LOGGER = logging.getLogger("ray.serve")
 _BATCHES_PER_MODEL = 2  # one is computed while the next one travels
@@ -141,10 +147,11 @@ class FusedReplica:
             bundle = open_bundle(uri)
             scorer = _checked_scorer(bundle, args, self._versions.answers)
             model = Recommender(bundle, events, scorer, items, args.how)
-            return Loaded(model=model, recommend=in_thread(model.recommend, thread))
+            return Loaded(model=model, recommend=in_thread(model.recommend, thread), reference=_reference(bundle))
 
-        self._versions = Versions(load)
-        self._meter = Meter(told=_metrics())
+        watch = _watch()
+        self._versions = Versions(load, watch)
+        self._meter = Meter()
         service = Service(
             model=self._versions,
             recommend=self._versions.recommend,
@@ -156,7 +163,10 @@ class FusedReplica:
             max_waiting=args.max_ongoing_requests,
             refused=lambda: self._versions.refused,
             state=self._versions.state,
+            roles=self._versions.roles,
+            moves=_moves(args),
             meter=self._meter,
+            watch=watch,
         )
         self._app = create_app(service, keys, _protection(args))
 
@@ -184,7 +194,8 @@ class ModelReplica:
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._batches = 0
-        self._meter = Meter(waiting=lambda: max(0, self._batches - 1) * args.max_batch, told=_metrics())
+        self._meter = Meter(waiting=lambda: max(0, self._batches - 1) * args.max_batch)
+        _watch().ledger.level(WAITING, self._meter.waiting)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         wanted = Rollout.of(user_config)
@@ -216,7 +227,7 @@ class ModelReplica:
             return await asyncio.get_running_loop().run_in_executor(self._thread, run)
         finally:
             self._batches -= 1
-            self._meter.observe(1e3 * (time.perf_counter() - started_s), False)
+            self._meter.observe(1e3 * (time.perf_counter() - started_s))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         return self._meter.stats()
@@ -233,10 +244,12 @@ class GatewayReplica:
         items = open_items(args.events)
 
         def load(uri: str) -> Loaded:
-            split = SplitRecommender(open_bundle(uri), events, partial(self._score, uri), thread, items, args.how)
-            return Loaded(model=split, recommend=split.recommend)
+            bundle = open_bundle(uri)
+            split = SplitRecommender(bundle, events, partial(self._score, uri), thread, items, args.how)
+            return Loaded(model=split, recommend=split.recommend, reference=_reference(bundle))
 
-        self._versions = Versions(load)
+        watch = _watch()
+        self._versions = Versions(load, watch)
         service = Service(
             model=self._versions,
             recommend=self._versions.recommend,
@@ -245,11 +258,13 @@ class GatewayReplica:
             search=SearchConfig(taste=args.search_taste),
             max_batch=args.max_batch,
             group=self._versions.group,
-            meter=Meter(told=_metrics()),
+            watch=watch,
             batches_in_flight=_BATCHES_PER_MODEL * _most(args),
             max_waiting=args.max_ongoing_requests,
             refused=lambda: self._versions.refused,
             state=self._versions.state,
+            roles=self._versions.roles,
+            moves=_moves(args),
         )
         self._app = create_app(service, keys, _protection(args))
 
@@ -291,7 +306,7 @@ def _checked_scorer(bundle: Bundle, args: Args, others_answer: bool) -> Scorer:
 
 
 def _place(args: Args) -> Args:
-    """The same arguments with absolute paths: replicas run in other folders. The bundle is in `user_config`."""
+    """The same arguments with absolute paths: replicas run in other folders."""
     keys = None if args.keys is None else args.keys.absolute()
     if keys is None:
         _LOGGER.warning(
@@ -303,12 +318,18 @@ def _place(args: Args) -> Args:
         read_limits(args.rate)
     return args.model_copy(
         update={
+            "bundle": _absolute(args.bundle),
             "events": absolute(args.events),
             "seed": None if args.seed is None else args.seed.absolute(),
             "keys": keys,
             "audit": None if args.audit is None else args.audit.absolute(),
         }
     )
+
+
+def _absolute(bundle: str) -> str:
+    parsed = parse_reference(bundle)
+    return bundle if parsed is None else f"{locate(parsed.root).uri}#{parsed.name}@{parsed.ref}"
 
 
 def _ingress_options(args: Args, replicas: int, num_cpus: float) -> dict[str, Any]:
@@ -352,21 +373,23 @@ def _scaling(args: Args) -> dict[str, Any]:
     }
 
 
-def _metrics() -> Callable[[float, bool], None]:
-    """Series of each replica, which Ray tags with its application, deployment and name."""
-    latency = metrics.Histogram(
-        "elasticrec_answer_latency_ms",
-        description="time of one answer: of a request in replicas that speak HTTP, of a batch in model replicas",
-        boundaries=[1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000],
-    )
-    degraded = metrics.Counter("elasticrec_degraded_answers", description="answers by popularity, the model being late")
+def _watch() -> Watch:
+    """A replica's metrics, which Ray tags with its application, deployment and name."""
+    watch = Watch()
+    export(watch.ledger, metrics)
+    return watch
 
-    def tell(latency_ms: float, is_degraded: bool) -> None:
-        latency.observe(latency_ms)
-        if is_degraded:
-            degraded.inc()
 
-    return tell
+def _moves(args: Args) -> Moves | None:
+    reference = parse_reference(args.bundle)
+    if reference is None or reference.ref.isdigit():
+        return None
+    address = ray.get_runtime_context().gcs_address
+    return Moves(reference=reference, app=serve.get_replica_context().app_name, address=address)
+
+
+def _reference(bundle: Bundle) -> Reference | None:
+    return Reference.of(bundle.manifest.lineage.get("answers"))
 
 
 def _options(args: Args, replicas: int, num_cpus: float) -> dict[str, Any]:

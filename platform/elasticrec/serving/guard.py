@@ -17,6 +17,8 @@ from starlette._utils import get_route_path  # what the router matches: both mus
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from elasticrec.monitoring.series import IN_FLIGHT
+from elasticrec.serving import console
 from elasticrec.serving.api import (
     MAX_BODY_BYTES,
     ApiError,
@@ -31,10 +33,13 @@ from elasticrec.serving.auth import KeyRing, StoredKey, key_in, scope_of
 from elasticrec.serving.deadline import DEADLINE_S, MAX_TIMEOUT_MS, deadline_in
 from elasticrec.serving.parameters import require_once
 from elasticrec.serving.rate import Rate
+from elasticrec.serving.watch import Watch
 
 # Everything else needs a key, so that a new route, or a prefix nobody thought of, is closed and not open.
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
-BULK_PATHS = frozenset({"/v1/recommend:batch"})  # thousands of answers take longer than one
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json", *console.PATHS})
+# Thousands of answers take longer than one, and so does a version that all replicas load and check.
+BULK_PATHS = frozenset({"/v1/recommend:batch", "/v1/admin/versions"})
+_MEASURED_PATHS: Final = frozenset({"/v1/recommend", "/v1/recommend:batch", "/v1/events", "/v1/search"})
 NOBODY: Final = "nobody"  # who calls where no keys are configured
 _MAX_DRAINED_BYTES = 64 * MAX_BODY_BYTES
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -76,16 +81,21 @@ class Protection:
 class Guard:
     """ASGI middleware: what is refused is refused before the body is parsed, most of it before it is read."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing | None, protection: Protection | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing | None, protection: Protection | None = None, watch: Watch | None = None
+    ) -> None:
         self._app = app
         self._keys = keys
         self._protection = protection or Protection()
+        self._watch = watch or Watch()
+        self._watch.ledger.level(IN_FLIGHT, lambda: self.in_flight)
         self.in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        started_s = time.perf_counter()
         headers, path = dict(scope["headers"]), get_route_path(scope)
         marked = _Marked(send, _request_id(headers), path)
         who = None
@@ -96,19 +106,33 @@ class Guard:
             key = self._find_key(headers)
             who = NOBODY if key is None else key.name
             _require_scope(key, scope["method"], path)
-            if self._protection.rate is not None:
-                await self._protection.rate.require(who)
+            await self._require_rate(who)
             if scope["query_string"]:
                 require_once(scope["query_string"])
             await self._in_time(scope, receive, marked, headers, path)
+            if marked.status == OverloadedError.status:
+                self._watch.refused("queue")
         except ApiError as error:
             if isinstance(error, UnauthorizedError):  # whoever has no key must not fill the audit
+                self._watch.refused("key")
                 _LOGGER.info("refused for its key: %s %s (%s)", scope["method"], shown(path), marked.request_id)
+            elif isinstance(error, ForbiddenError):
+                self._watch.refused("scope")
             await respond(error)(scope, receive, marked)
         finally:
+            self._watch.request(_route(scope, path), marked.status, 1e3 * (time.perf_counter() - started_s))
             if who is not None and scope_of(scope["method"], path) == "admin":
                 line = (who, scope["method"], path, marked.status, marked.request_id)
                 await asyncio.to_thread(self._protection.audit.write, *line)  # it waits for the disk
+
+    async def _require_rate(self, who: str) -> None:
+        if self._protection.rate is None:
+            return
+        try:
+            await self._protection.rate.require(who)
+        except OverloadedError:
+            self._watch.refused("rate")
+            raise
 
     async def _in_time(
         self, scope: Scope, receive: Receive, marked: "_Marked", headers: dict[bytes, bytes], path: str
@@ -117,6 +141,7 @@ class Guard:
         default_ms = MAX_TIMEOUT_MS if path in BULK_PATHS else self._protection.timeout_ms
         deadline_s = deadline_in(headers, default_ms, now_s)
         if self.in_flight >= self._protection.max_in_flight:
+            self._watch.refused("room")
             raise OverloadedError("this replica works on as many requests as it may; come again")
         self.in_flight += 1
         token = DEADLINE_S.set(deadline_s)
@@ -148,6 +173,14 @@ class Guard:
         return found
 
 
+def _route(scope: Scope, path: str) -> str:
+    """What the router matched, without ids; of what never came to it, the path where it is one that clients call."""
+    route = scope.get("route")
+    if route is not None:
+        return str(route.path).replace(":path}", "}")
+    return path if path in _MEASURED_PATHS else "other"
+
+
 def _require_scope(key: StoredKey | None, method: str, path: str) -> None:
     """`path`: without the prefix (root_path) under which the app is mounted."""
     needed = scope_of(method, path)
@@ -172,7 +205,9 @@ class _Marked:
             given += [(b"x-request-id", self.request_id.encode()), *_SECURITY]
             if b"cache-control" not in names:
                 given.append(_NEVER_STORED)
-            if not self._path.startswith("/docs"):
+            if self._path in console.PATHS:
+                given.append((b"content-security-policy", console.POLICY.encode()))
+            elif not self._path.startswith("/docs"):
                 given.append(_NO_SCRIPTS)
             message = {**message, "headers": given}
         await self._send(message)

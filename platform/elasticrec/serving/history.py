@@ -43,6 +43,7 @@ class Request:
     remove_seen: bool | None = None  # none: as the service does
     like: str | None = None
     only: tuple[str, ...] | None = None  # nothing but these is returned
+    explain: bool = False  # whether each item comes with its reason
 
     @property
     def wanted(self) -> int:
@@ -181,6 +182,7 @@ def _selection(rows: Sequence[Background], view: View) -> dict[str, Any]:
         "k": max(row.request.wanted for row in rows),
         "hidden_H": view.hidden_H,
         "vectors": any(row.request.diversity for row in rows),
+        "reasons": any(row.request.explain for row in rows),
     }
     if any(row.mask_I is not None for row in rows):
         found |= _filters(rows, last)

@@ -20,14 +20,12 @@ class Meter:
     """Belongs to one event loop."""
 
     waiting: Callable[[], float] = lambda: 0.0  # requests behind the running batch
-    told: Callable[[float, bool], None] = lambda *_: None  # each answer, for metrics
     now_s: Callable[[], float] = time.monotonic
     _answers: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_KEPT))
 
-    def observe(self, latency_ms: float, degraded: bool) -> None:
+    def observe(self, latency_ms: float) -> None:
         """One answer."""
         self._answers.append((self.now_s(), latency_ms))
-        self.told(latency_ms, degraded)
 
     def stats(self) -> dict[str, float]:
         """What the autoscaling policy decides by."""

@@ -37,6 +37,9 @@ class Recommendation:
     more: bool = False  # whether the next page has items
     version: str = ""  # of the model that answered, where there are several
     degraded: bool = False  # popularity answered in place of a model that is down or late
+    blocked: int = 0  # items that the user had, or that the request excludes
+    filtered: int = 0  # items that its filters do not allow
+    reasons: tuple[Chosen | None, ...] = ()  # of each item, where the request wanted them
 
 
 class _Row(NamedTuple):
@@ -45,6 +48,7 @@ class _Row(NamedTuple):
     item_K: Int64
     score_K: Float32
     direction_KD: Float32 | None
+    reason_K: Int32 | None = None  # of the candidates in their first order
 
 
 class Postprocess:
@@ -67,13 +71,17 @@ class Postprocess:
             by_model = like or len(background.items) > 0
             row = next(alike if like else answered) if by_model else None
             items, more = self._page(background, row, prepared.view)
+            reasons = _reasons(items, row, prepared.view) if background.request.explain else ()
             recommendations.append(
                 Recommendation(
                     items=items,
+                    reasons=reasons,
                     source="model" if by_model else "popularity",
                     history_length=len(background.items),
                     timings_ms=timings_ms | {"postprocess": 1e3 * (time.perf_counter() - started_s)},
                     more=more,
+                    blocked=len(background.blocked),
+                    filtered=_filtered(background),
                 )
             )
         return recommendations
@@ -150,16 +158,31 @@ class Postprocess:
         return bonus + self._prior.of(item.count, item.published_s)
 
 
+def _reasons(items: tuple[Chosen, ...], answer: "tuple[_Row, Float32] | None", view: View) -> tuple[Chosen | None, ...]:
+    """The item of the history that is most like each; none of items that the network has no vector of."""
+    if answer is None or answer[0].reason_K is None:
+        return (None,) * len(items)
+    reason_of = dict(zip(answer[0].item_K.tolist(), answer[0].reason_K.tolist(), strict=True))
+    found = [reason_of.get(view.index(item.item_id) or 0, 0) for item in items]
+    return tuple(Chosen(*view.label(index), None) if index else None for index in found)
+
+
+def _filtered(background: Background) -> int:
+    mask_I = background.mask_I
+    return 0 if mask_I is None else len(mask_I) - 1 - int(np.count_nonzero(mask_I[1:]))
+
+
 def _rows(candidates: Candidates | None) -> "Iterator[tuple[_Row, Float32]]":
     """Row by row the items that may be returned, which -inf says no wherever a ranker puts it; and the query."""
     if candidates is None:
         return
-    direction_BKD = candidates.direction_BKD
+    direction_BKD, reason_BK = candidates.direction_BKD, candidates.reason_BK
     for number, free_K in enumerate(np.isfinite(candidates.score_BK)):
         row = _Row(
             candidates.item_BK[number][free_K].astype(np.int64),
             candidates.score_BK[number][free_K],
             None if direction_BKD is None else direction_BKD[number][free_K],
+            None if reason_BK is None else reason_BK[number][free_K],
         )
         yield row, candidates.query_BD[number]
 

@@ -42,6 +42,7 @@ class Question:
     like_B: Int64 | None = None  # item indices; 0 where `like_BD` has the vector
     like_BD: Float32 | None = None
     vectors: bool = False  # whether the directions of the candidates are wanted
+    reasons: bool = False  # whether the item of the history that is most like each candidate is wanted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,3 +56,4 @@ class Candidates:
     retrieve_ms: float
     rank_ms: float = 0.0
     direction_BKD: Float32 | None = None  # of length one, where the question wanted them
+    reason_BK: Int32 | None = None  # items of the histories; 0 pads; where the question wanted them

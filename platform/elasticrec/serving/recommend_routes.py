@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import orjson
@@ -46,7 +47,8 @@ def add_recommendations(router: APIRouter, service: Service, ask: Ask) -> None:
     async def recommend(body: RecommendRequest) -> Response:
         started_s = time.perf_counter()
         offset = body.offset if body.cursor is None else offset_of(body.cursor)
-        answer = await ask(to_request(body, body.user_id, tuple(body.history or ()), offset))
+        asked = to_request(body, body.user_id, tuple(body.history or ()), offset)
+        answer = await ask(replace(asked, explain=True) if body.explain else asked)
         version, page_end = answer.version or service.model.version, offset + body.k
         if body.cursor is not None:
             check_cursor(body.cursor, _question_of(body, version))
@@ -107,8 +109,13 @@ def _rows(user_ids: Sequence[str], answers: Sequence[Recommendation]) -> bytes:
 
 
 def _content(answer: Recommendation) -> dict[str, Any]:
+    items: list[dict[str, Any]] = [
+        {"item_id": item_id, "title": title, "score": score} for item_id, title, score in answer.items
+    ]
+    for item, reason in zip(items, answer.reasons, strict=False):
+        item["because"] = None if reason is None else {"item_id": reason.item_id, "title": reason.title}
     return {
-        "items": [{"item_id": item_id, "title": title, "score": score} for item_id, title, score in answer.items],
+        "items": items,
         "source": answer.source,
         "history_length": answer.history_length,
     }
@@ -116,4 +123,4 @@ def _content(answer: Recommendation) -> dict[str, Any]:
 
 def _question_of(body: RecommendRequest, version: str) -> str:
     """All that decides the order of the answers; the size of a page may change between pages."""
-    return version + body.model_dump_json(exclude={"k", "offset", "cursor"})
+    return version + body.model_dump_json(exclude={"k", "offset", "cursor", "explain"})

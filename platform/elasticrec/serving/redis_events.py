@@ -30,6 +30,7 @@ SCHEMES: Final = ("redis", "rediss", "unix")
 PASSWORD: Final = "ELASTICREC_REDIS_PASSWORD"  # variable of the environment
 _WAIT: Final = "wait_replicas"
 _LOADED_EVENTS: Final = 2_000  # in one round trip while a data set is loaded
+_SCANNED_KEYS: Final = 1_000  # in one round trip
 _SEED_LOCK_S: Final = 60
 _TOKEN_S: Final = 600  # how long a repeated append is known as such; clients of ours give up long before
 
@@ -162,6 +163,20 @@ class RedisEventStore:
 
     def count(self, user_id: str) -> int:
         return sum(map(len, self._both(user_id, 0)))
+
+    def users(self, prefix: str, limit: int) -> list[str]:
+        with self._telling():
+            generation = self._server.hget(self._key("seed"), "generation")
+            places = [self._key("live", ""), *([self._key("seed", generation, "")] if generation else [])]
+            found: dict[str, None] = {}
+            for place in places:
+                for key in self._server.scan_iter(_escaped(place + prefix) + "*", count=_SCANNED_KEYS):
+                    user_id = key.removeprefix(place)
+                    if len(found) >= limit:
+                        return list(found)
+                    if place == places[0] or not self._server.sismember(self._key("erased"), user_hash(user_id)):
+                        found[user_id] = None
+        return list(found)
 
     def erase(self, user_id: str) -> int:
         keys = [self._key("live", user_id), self._key("ids", user_id), self._key("seed"), self._key("erased")]

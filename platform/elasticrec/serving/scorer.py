@@ -1,6 +1,6 @@
 """A question in, candidates out: the stages that need the network, one after the other.
 
-# B rows, K candidates
+# B rows, K candidates, T positions
 """
 
 import time
@@ -8,7 +8,10 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from elasticrec.columns import PAD
+from elasticrec.data.sequences import Int32
 from elasticrec.model.network import Network
 from elasticrec.serving.question import Candidates, Question
 from elasticrec.serving.setup import ModelSetup, StagesConfig, find_stage
@@ -36,6 +39,7 @@ class Scorer:
         retrieved_s = time.perf_counter()
         item_BK, score_BK = self._ranker.rank(query_BD, item_BK, score_BK, question)
         direction_BKD = F.normalize(self._items(item_BK), dim=-1).numpy() if question.vectors else None
+        reason_BK = self._reasons(item_BK, question) if question.reasons else None
         return Candidates(
             item_BK=item_BK.numpy().astype(np.int32),
             score_BK=score_BK.numpy(),
@@ -44,4 +48,14 @@ class Scorer:
             retrieve_ms=1e3 * (retrieved_s - encoded_s),
             rank_ms=1e3 * (time.perf_counter() - retrieved_s),
             direction_BKD=direction_BKD,
+            reason_BK=reason_BK,
         )
+
+    def _reasons(self, item_BK: Tensor, question: Question) -> Int32 | None:
+        """Of each candidate the item of the history with the nearest direction; the newer one of equals."""
+        if question.past is None:
+            return None
+        past_BT = torch.from_numpy(question.past.item_BT.astype(np.int64)).flip(1)  # the newest first
+        like_BKT = F.normalize(self._items(item_BK), dim=-1) @ F.normalize(self._items(past_BT), dim=-1).transpose(1, 2)
+        like_BKT = like_BKT.masked_fill((past_BT == PAD)[:, None], float("-inf"))
+        return past_BT.gather(1, like_BKT.argmax(dim=-1)).numpy().astype(np.int32)

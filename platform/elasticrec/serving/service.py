@@ -1,6 +1,7 @@
 """What the routes call: the model's batches, the event store and the item store, the search index."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,8 +14,10 @@ from elasticrec.serving.events import EventStore, StoredEvent
 from elasticrec.serving.history import Request
 from elasticrec.serving.items import ItemStore
 from elasticrec.serving.meter import Meter
+from elasticrec.serving.moves import Moves
 from elasticrec.serving.postprocess import Recommendation
 from elasticrec.serving.search import SearchConfig, TextIndex
+from elasticrec.serving.watch import Watch
 
 Ask = Callable[[Request], Awaitable[Recommendation]]  # one question, in time: the model's answer or a degraded one
 Recommend = Callable[[Sequence[Request]], Awaitable[Sequence[Recommendation]]]
@@ -51,7 +54,10 @@ class Service:
     circuit: CircuitConfig = field(default_factory=CircuitConfig)
     refused: Callable[[], Iterable[str]] = tuple  # bundles that were asked for and do not answer
     state: Callable[[], dict[str, Any]] = dict  # for operators
+    roles: Callable[[], dict[str, tuple[str, Recommend]]] = dict  # name and model of each version that has a role
+    moves: Moves | None = None  # how labels are moved, where the service follows one
     meter: Meter = field(default_factory=Meter)
+    watch: Watch = field(default_factory=Watch)
     event_thread: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="events"))
 
     def append(self, batches: Sequence[Sequence[StoredEvent]]) -> Awaitable[Sequence[None]]:
@@ -59,5 +65,7 @@ class Service:
         return asyncio.get_running_loop().run_in_executor(self.event_thread, self._append, batches)
 
     def _append(self, batches: Sequence[Sequence[StoredEvent]]) -> Sequence[None]:
+        started_s = time.perf_counter()
         self.events.append([event for batch in batches for event in batch])
+        self.watch.wrote(1e3 * (time.perf_counter() - started_s))
         return [None] * len(batches)

@@ -6,19 +6,24 @@
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from elasticrec.errors import BundleError
+from elasticrec.monitoring.drift import Reference
 from elasticrec.serving.assortment import Assortment
 from elasticrec.serving.catalogue import Catalogue
+from elasticrec.serving.comparison import Comparison, compare
 from elasticrec.serving.history import Request
 from elasticrec.serving.postprocess import Recommendation
 from elasticrec.serving.rollout import Rollout
 from elasticrec.serving.search import TextIndex
 from elasticrec.serving.shelf import Shelf
+from elasticrec.serving.watch import Role, Watch
 
+Recommend = Callable[[Sequence[Request]], Awaitable[Sequence[Recommendation]]]
 _LOGGER = logging.getLogger("ray.serve")
 
 
@@ -40,7 +45,8 @@ class Loaded:
     """One version, ready to answer."""
 
     model: Model
-    recommend: Callable[[Sequence[Request]], Awaitable[Sequence[Recommendation]]]
+    recommend: Recommend
+    reference: Reference | None = None  # its answers when it was measured
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,11 +59,10 @@ class ShadowCounts:
     failed: int = 0
     skipped: int = 0  # it was still busy with the batch before
 
-    def add(self, answer: Recommendation, shadow: Recommendation) -> None:
-        ours, theirs = ([item.item_id for item in one.items] for one in (answer, shadow))
+    def add(self, found: Comparison) -> None:
         self.compared += 1
-        self.same_first += ours[:1] == theirs[:1]
-        self.overlap_sum += len(set(ours) & set(theirs)) / len(ours) if ours else float(not theirs)
+        self.same_first += found.same_first
+        self.overlap_sum += found.overlap
 
     def plain(self) -> dict[str, float]:
         mean = {"mean_overlap": self.overlap_sum / self.compared} if self.compared else {}
@@ -68,8 +73,9 @@ class ShadowCounts:
 class Versions:
     """Belongs to one event loop. `version` and `catalogue` are those of production at the moment."""
 
-    def __init__(self, load: Callable[[str], Loaded]) -> None:
+    def __init__(self, load: Callable[[str], Loaded], watch: Watch | None = None) -> None:
         """`load`: opens, checks and warms a bundle; called in a thread."""
+        self._watch = watch or Watch()
         self._shelf: Shelf[Loaded] = Shelf(load)
         self._asked: Rollout | None = None
         self._live: Rollout | None = None
@@ -124,6 +130,8 @@ class Versions:
                 self._shadow_counts = ShadowCounts()
             self._asked, self._live = wanted, live
             self._shelf.keep(live.bundles)
+            held = [self._shelf[uri] for uri in live.bundles]
+            self._watch.hold({one.model.version: (one.model.catalogue, one.reference) for one in held})
             _LOGGER.info("production is %s, canary %s, shadow %s", live.production, live.canary, live.shadow)
 
     async def recommend(self, requests: Sequence[Request]) -> list[Recommendation]:
@@ -160,6 +168,13 @@ class Versions:
             "shadow": self._shadow_counts.plain(),
         }
 
+    def roles(self) -> dict[str, tuple[str, Recommend]]:
+        """Version and model of each role that is filled."""
+        live = self.rollout
+        uris = {"production": live.production, "canary": live.canary, "shadow": live.shadow}
+        held = {role: self._shelf[uri] for role, uri in uris.items() if uri is not None}
+        return {role: (loaded.model.version, loaded.recommend) for role, loaded in held.items()}
+
     @property
     def refused(self) -> dict[str, str]:
         """Bundles that were asked for and do not answer, with the reason."""
@@ -174,8 +189,10 @@ class Versions:
         return [(self._shelf[uri], rows) for uri, rows in places.items()]
 
     async def _ask(self, loaded: Loaded, requests: Sequence[Request]) -> list[Recommendation]:
+        version, started_s = loaded.model.version, time.perf_counter()
+        role: Role = "production" if loaded is self._production else "canary"
         answers = await loaded.recommend(requests)
-        version = loaded.model.version
+        self._watch.batch(role, version, requests, answers, 1e3 * (time.perf_counter() - started_s))
         self._answered[version] = self._answered.get(version, 0) + len(requests)
         return [replace(answer, version=version) for answer in answers]
 
@@ -192,12 +209,17 @@ class Versions:
         self._shadowing = asyncio.get_running_loop().create_task(self._shadow(self._shelf[live.shadow], asked, given))
 
     async def _shadow(self, loaded: Loaded, asked: Sequence[Request], given: Sequence[Recommendation]) -> None:
-        counts = self._shadow_counts
+        counts, version, started_s = self._shadow_counts, loaded.model.version, time.perf_counter()
         try:
-            for answer, shadow in zip(given, await loaded.recommend(asked), strict=True):
-                counts.add(answer, shadow)
+            answers = await loaded.recommend(asked)
+            self._watch.batch("shadow", version, asked, answers, 1e3 * (time.perf_counter() - started_s))
+            for answer, shadow in zip(given, answers, strict=True):
+                found = compare(answer, shadow)
+                counts.add(found)
+                self._watch.shadow(version, found)
         except Exception:  # whatever a shadow does, nobody waits for it
             counts.failed += len(asked)
+            self._watch.shadow_failed(version, len(asked))
             _LOGGER.warning("the shadow did not answer", exc_info=True)
 
 

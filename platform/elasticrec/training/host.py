@@ -1,12 +1,15 @@
 """Where the loop runs: a bare process, or a worker of Ray Train (`training.worker`)."""
 
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+
+from elasticrec.training.telemetry import Nobody, Observer
 
 
 class Preempted(Exception):  # noqa: N818 - what happened, and no error
@@ -19,6 +22,7 @@ class Host(Protocol):
     rank: int
     world: int
     device: torch.device
+    observer: Observer
 
     def checkpoints(self) -> Iterable[Path]:
         """Folders of committed checkpoints, newest first."""
@@ -41,6 +45,7 @@ class LocalHost:
 
     def __init__(self, folder: Path, keep: int = 2, device: str = "cpu", rank: int = 0, world: int = 1) -> None:
         self.device, self.rank, self.world = torch.device(device), rank, world
+        self.observer: Observer = Nobody()
         self._folder = folder / "checkpoints"
         self._keep = keep
 
@@ -49,7 +54,9 @@ class LocalHost:
 
     def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
         folder = self._folder / f"{metrics['step']:012d}"
+        started_s = time.monotonic()
         write(folder)
+        self.observer.saved(time.monotonic() - started_s)
         if self.rank == 0:
             # What claims to be newer was passed over as torn, or this run would stand there.
             older = [path for path in self.checkpoints() if path < folder]

@@ -6,10 +6,12 @@ before the steps are done again.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+
+from elasticrec.training.telemetry import Nobody, Observer
 
 STEPS = "steps.jsonl"
 EPOCHS = "epochs.jsonl"
@@ -19,18 +21,22 @@ STARTS = "starts.jsonl"
 class Journal:
     """Appends to a run's folder."""
 
-    def __init__(self, folder: Path, resume_step: int) -> None:
+    def __init__(self, folder: Path, resume_step: int, observer: Observer | None = None) -> None:
         from tensorboardX import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        _note_start(folder, resume_step)
-        self._steps = _open_rewound(folder / STEPS, resume_step)
-        self._epochs = _open_rewound(folder / EPOCHS, resume_step)
+        self._observer = observer or Nobody()
+        earlier = read(folder / STEPS)
+        self._observer.began(earlier)
+        _note_start(folder, resume_step, earlier)
+        self._steps = _open_rewound(folder / STEPS, resume_step, earlier)
+        self._epochs = _open_rewound(folder / EPOCHS, resume_step, read(folder / EPOCHS))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
 
     def step(self, line: Mapping[str, Any]) -> None:
         """One training step: step, epoch, loss, learning rate, counted samples and tokens, workers, seconds."""
         self._steps.write(json.dumps(line) + "\n")
+        self._observer.step(line)
         self._board.add_scalar("train/loss", line["loss"], line["step"])
         self._board.add_scalar("train/learning_rate", line["learning_rate"], line["step"])
 
@@ -58,9 +64,9 @@ class Journal:
         self._board.close()
 
 
-def _note_start(folder: Path, resume_step: int) -> None:
+def _note_start(folder: Path, resume_step: int, earlier: Sequence[Mapping[str, Any]]) -> None:
     """When and where workers went on, and how many steps they do again that were told of before."""
-    again = sum(line["step"] >= resume_step for line in read(folder / STEPS))
+    again = sum(line["step"] >= resume_step for line in earlier)
     with (folder / STARTS).open("a", encoding="utf-8") as starts:
         starts.write(json.dumps({"step": resume_step, "again": again, "time": time.time()}) + "\n")
 
@@ -73,8 +79,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _open_rewound(path: Path, resume_step: int) -> IO[str]:
-    kept = [line for line in read(path) if line["step"] < resume_step]
+def _open_rewound(path: Path, resume_step: int, lines: Sequence[Mapping[str, Any]]) -> IO[str]:
+    kept = [line for line in lines if line["step"] < resume_step]
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     partial.rename(path)

@@ -371,7 +371,7 @@ class Loop:
 
     def _journal(self) -> contextlib.AbstractContextManager["Journal | _NoJournal"]:
         if self.host.rank == 0:
-            return Journal(self.run.folder, self.step)
+            return Journal(self.run.folder, self.step, self.host.observer)
         return contextlib.nullcontext(_NoJournal())
 
 

@@ -1,15 +1,25 @@
 """A finished run in, its best network measured and written as a bundle out."""
 
 from collections.abc import Callable
+from typing import Final
+
+import numpy as np
 
 from elasticrec.artifact.bundle import Bundle, open_bundle, write_bundle
 from elasticrec.artifact.manifest import MANIFEST
+from elasticrec.columns import COUNT
 from elasticrec.config import to_mapping
-from elasticrec.data.sequences import open_store
+from elasticrec.data.sequences import Int64, Store, open_store
+from elasticrec.data.split import split
 from elasticrec.evaluation.quality import measure
+from elasticrec.evaluation.ranking import EvaluationConfig, rank
 from elasticrec.model.network import Network
+from elasticrec.monitoring.drift import BEST, Reference, reference
 from elasticrec.training.checkpoint import read_tensors, section
 from elasticrec.training.driver import Trained
+from elasticrec.training.run import RunConfig
+
+_CASES: Final = 2_000  # test cases whose answers are kept as a distribution
 
 
 def best_network(trained: Trained, n_items: int) -> Network:
@@ -43,5 +53,21 @@ def write_outcome(trained: Trained, command: str, advance: Callable[[int], None]
             "seed": run.plan.seed,
             "split": to_mapping(run.split),
             "remove_seen": run.evaluation.remove_seen,  # what serving does then
+            "answers": _answers(network, store, run).plain(),  # what serving is compared with
         },
     )
+
+
+def _answers(network: Network, store: Store, run: RunConfig) -> Reference:
+    """What the network answers to test cases, as a service would: its best items and their scores."""
+    cases = split(run.split, store.sequences).test
+    spread = np.linspace(0, len(cases) - 1, min(len(cases), _CASES)).astype(np.int64)
+    config = EvaluationConfig(ks=(BEST,), remove_seen=run.evaluation.remove_seen)
+    length = run.network.encoder.max_length
+    ranking = rank(network, store.sequences, cases.take(spread), config, max_length=length)
+    return reference(ranking.top_CK, ranking.score_CK, _counts(store))
+
+
+def _counts(store: Store) -> Int64:
+    """Events of each item as the bundle's catalogue has them, 0 for the padding."""
+    return np.array([0, *store.items().column(COUNT).to_pylist()], dtype=np.int64)

@@ -6,6 +6,7 @@ from typing import Any
 
 import ray.train
 import ray.train.torch
+import ray.util.metrics
 import torch
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.execution.context import get_train_context
@@ -13,11 +14,14 @@ from ray.train.v2._internal.execution.context import get_train_context
 from elasticrec.config import from_mapping
 from elasticrec.data.sequences import open_store
 from elasticrec.errors import ElasticRecError
-from elasticrec.training import notice
+from elasticrec.monitoring.instruments import export
+from elasticrec.monitoring.ledger import Ledger
+from elasticrec.training import journal, notice
 from elasticrec.training.allocator import keep_freed_memory
 from elasticrec.training.host import LocalHost, Preempted, gather
 from elasticrec.training.loop import Loop
 from elasticrec.training.run import RunConfig
+from elasticrec.training.telemetry import Telemetry
 
 
 class RayHost(LocalHost):
@@ -28,6 +32,8 @@ class RayHost(LocalHost):
         rank, world = context.get_world_rank(), context.get_world_size()
         device = str(ray.train.torch.get_device())
         super().__init__(run.folder, run.checkpoint.keep, device, rank=rank, world=world)
+        if rank == 0:
+            self.observer = _telemetry(run)
 
     def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
         """Ray is told the numbers alone; it would copy a checkpoint once more, and stop the workers meanwhile."""
@@ -62,6 +68,12 @@ def train_worker(config: dict[str, Any]) -> str | None:
         # As Ray tells of a worker that left with its node, which is no failure of the run.
         raise RayActorError(error_msg=str(reason), preempted=True) from reason
     return None
+
+
+def _telemetry(run: RunConfig) -> Telemetry:
+    ledger = Ledger()
+    export(ledger, ray.util.metrics)
+    return Telemetry(ledger, run.name, starts=len(journal.read(run.folder / journal.STARTS)))
 
 
 def _build(run: RunConfig) -> Loop | ElasticRecError:

@@ -1,0 +1,81 @@
+"""A ledger in, Ray's instruments fed from it once a second out. The only module of monitoring that knows Ray."""
+
+import logging
+import math
+import threading
+from itertools import accumulate
+from types import ModuleType
+from typing import Any, Final
+
+from elasticrec.monitoring.ledger import Buckets, Key, Ledger, Page
+from elasticrec.monitoring.series import EDGE, Series
+
+PERIOD_S: Final = 1.0
+_NEXT_TO_NOTHING: Final = 1e-12  # Ray refuses to add 0, by which a counter would be known before it first rises
+_LOGGER = logging.getLogger(__name__)
+
+
+def export(ledger: Ledger, metrics: ModuleType, period_s: float = PERIOD_S) -> None:
+    """Starts the thread that does it; it ends with the process.
+
+    Args:
+        metrics: `ray.util.metrics`, or in a replica `ray.serve.metrics`, which tags series with the replica's name.
+    """
+    instruments = Instruments(metrics)
+
+    def run() -> None:
+        pause = threading.Event()
+        while not pause.wait(period_s):
+            try:
+                instruments.write(ledger.turn())
+            except Exception:  # whatever a metric does, the next page is another try
+                _LOGGER.exception("metrics of the last second were lost")
+
+    threading.Thread(target=run, name="metrics", daemon=True).start()
+
+
+class Instruments:
+    """Ray's counters and gauges, each made when it is first needed."""
+
+    def __init__(self, metrics: ModuleType) -> None:
+        self._metrics = metrics
+        self._made: dict[str, Any] = {}
+        self._started: set[tuple[str, tuple[str, ...]]] = set()
+        self._levels: set[Key] = set()
+
+    def write(self, page: Page) -> None:
+        """Tells Ray what came together since the page before."""
+        for (series, labels), amount in page.added.items():
+            self._add(series.full_name, series.text, series.labels, labels, amount)
+        for (series, labels), buckets in page.observed.items():
+            self._observe(series, labels, buckets)
+        for key, value in page.levels.items():
+            self._set(key, value)
+        for key in self._levels - page.levels.keys():  # Ray would go on telling the last value
+            self._set(key, math.nan)
+        self._levels = set(page.levels)
+
+    def _set(self, key: Key, value: float) -> None:
+        series, labels = key
+        gauge = self._instrument("Gauge", series.full_name, series.text, series.labels)
+        gauge.set(float(value), tags=dict(zip(series.labels, labels, strict=True)))
+
+    def _observe(self, series: Series, labels: tuple[str, ...], buckets: Buckets) -> None:
+        names = (*series.labels, EDGE)
+        ends = [*(series.edge(edge) for edge in series.edges), "+Inf"]
+        for end, count in zip(ends, accumulate(buckets.counts), strict=True):
+            self._add(f"{series.full_name}_bucket", series.text, names, (*labels, end), count)
+        self._add(f"{series.full_name}_count", series.text, series.labels, labels, sum(buckets.counts))
+        self._add(f"{series.full_name}_sum", series.text, series.labels, labels, buckets.sum)
+
+    def _add(self, name: str, text: str, names: tuple[str, ...], labels: tuple[str, ...], amount: float) -> None:
+        if amount <= 0 and (name, labels) in self._started:
+            return
+        self._started.add((name, labels))
+        counter = self._instrument("Counter", name, text, names)
+        counter.inc(max(float(amount), _NEXT_TO_NOTHING), tags=dict(zip(names, labels, strict=True)))
+
+    def _instrument(self, kind: str, name: str, text: str, names: tuple[str, ...]) -> Any:
+        if name not in self._made:
+            self._made[name] = getattr(self._metrics, kind)(name, description=text, tag_keys=names)
+        return self._made[name]

@@ -1,0 +1,78 @@
+"""What the journal of a run is told in, a ledger of metrics out. Only the first worker writes, as with the journal."""
+
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+from elasticrec.monitoring import series
+from elasticrec.monitoring.ledger import Ledger
+
+
+class Observer(Protocol):
+    """Whoever wants to know how a run fares. Called on the first worker."""
+
+    def began(self, earlier: Sequence[Mapping[str, Any]]) -> None:
+        """A group of workers begins; `earlier`: the lines of all steps that were done before, in order."""
+        ...
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """One line of `steps.jsonl`."""
+        ...
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint was written; in any thread."""
+        ...
+
+
+class Nobody:
+    """Observes nothing."""
+
+    def began(self, earlier: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def step(self, line: Mapping[str, Any]) -> None: ...
+
+    def saved(self, seconds: float) -> None: ...
+
+
+class Telemetry:
+    """An observer that keeps the metrics of one run."""
+
+    def __init__(self, ledger: Ledger, run: str, starts: int) -> None:
+        """`starts`: how often a group of workers began before this one."""
+        self._ledger, self._run = ledger, run
+        self._last: Mapping[str, Any] | None = None  # step of this group
+        self._before: Mapping[str, Any] | None = None  # last step of the group before
+        self._resizes = 0
+        self._pause_s: float | None = None
+        self._saved_s = time.monotonic()
+        self._took_s: float | None = None
+        level = ledger.level
+        level(series.TRAIN_STARTS, lambda: float(starts + 1), run)
+        level(series.TRAIN_LOSS, lambda: self._of_last("loss"), run)
+        level(series.TRAIN_WORKERS, lambda: self._of_last("workers"), run)
+        level(series.TRAIN_RESIZES, lambda: float(self._resizes), run)
+        level(series.TRAIN_RESIZE_S, lambda: self._pause_s, run)
+        level(series.CHECKPOINT_S, lambda: self._took_s, run)
+        level(series.CHECKPOINT_AGE_S, lambda: time.monotonic() - self._saved_s, run)
+
+    def began(self, earlier: Sequence[Mapping[str, Any]]) -> None:
+        self._resizes = sum(one["workers"] != other["workers"] for one, other in pairwise(earlier))
+        self._before = earlier[-1] if earlier else None
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        previous = self._last or self._before
+        if self._last is None and self._before is not None:
+            self._resizes += line["workers"] != self._before["workers"]
+            self._pause_s = max(0.0, line["time"] - self._before["time"])
+        sent_bytes = line["sent_bytes"] - (previous["sent_bytes"] if previous else 0)
+        self._ledger.add(series.TRAIN_TOKENS, line["tokens"], self._run)
+        self._ledger.add(series.TRAIN_SENT_BYTES, max(0, sent_bytes), self._run)
+        self._ledger.observe(series.TRAIN_STEP_MS, 1e3 * line["seconds"], self._run)
+        self._last = line
+
+    def saved(self, seconds: float) -> None:
+        self._saved_s, self._took_s = time.monotonic(), seconds
+
+    def _of_last(self, key: str) -> float | None:
+        return None if self._last is None else float(self._last[key])
