@@ -330,9 +330,14 @@ def test_the_kustomization_takes_files_that_are_there() -> None:
     kustomization = yaml.safe_load(_read("kustomization.yaml"))
     assert all((FOLDER / name).is_file() for name in kustomization["resources"])
     assert {name.removesuffix(".yaml") for name in kustomization["resources"]} == {*MANIFESTS} - {"cluster", "job"}
-    used = {box["image"] for one in documents() for pod in pods(one) for box in pod.containers}
-    assert {image["name"] for image in kustomization["images"]} == {image for image in used if ":" not in image}
-    assert all(image.split(":")[1] != "latest" for image in used if ":" in image)
+
+
+def test_all_of_ray_runs_from_one_image_and_none_is_whatever_is_newest() -> None:
+    images = {pod.where: box["image"] for one in documents() for pod in pods(one) for box in pod.containers}
+    assert {image for where, image in images.items() if where.startswith("Ray")} == {
+        "registry.example.org/elasticrec:0.1.0"
+    }
+    assert all(re.search(r":\d+\.\d+\.\d+$", image) for image in images.values())
 
 
 def _at(kind: str, *path: str | int) -> Callable[[list[Document]], tuple[Any, str | int]]:
