@@ -6,14 +6,19 @@ python -m benchmarks.serving [--quick] [--json FILE] [--peers-python PATH]; data
 """
 
 import argparse
+import json
 import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import httpx
+import numpy as np
 
 from benchmarks.loadgen import Plan
 from benchmarks.peers.environment import peers_python
@@ -23,6 +28,7 @@ from elasticrec.cli.local_cluster import LocalClusterConfig, free_port, local_cl
 from elasticrec.cli.service import deploy
 
 REPLICAS = 2
+EVENTS = 400
 ROOT = Path(__file__).parents[1]
 
 
@@ -81,6 +87,22 @@ def measure(name: str, at: tuple[int, dict[str, str]], seconds: float, bodies: l
     return row
 
 
+def freshness(at: tuple[int, dict[str, str]], bodies: list[str], events: int) -> dict[str, Any]:
+    """Events, one after the other: from sending one until it is acknowledged, when the next answer has it."""
+    port, headers = at
+    took_ms, missing = [], 0
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=30, trust_env=False) as http:
+        for place in range(events):
+            user, item = json.loads(bodies[place % len(bodies)])["user_id"], str(1 + place % 1_000)
+            event = {"user_id": user, "item_id": item, "event_id": f"fresh-{time.time_ns()}"}
+            started_s = time.perf_counter()
+            http.post("/v1/events", json={"events": [event]}).raise_for_status()
+            took_ms.append(1e3 * (time.perf_counter() - started_s))
+            kept = http.get(f"/v1/users/{user}", params={"limit": 1}).raise_for_status().json()["events"]
+            missing += kept[-1]["item_id"] != item
+    return {"event visible p99 ms": float(np.percentile(took_ms, 99)), "acknowledged, not visible": missing}
+
+
 def checks(rows: list[dict[str, Any]]) -> list[Check]:
     of = {row["service"]: row for row in rows}
     fused, plain = of[f"ours fused x{REPLICAS}"], of[f"bare FastAPI x{REPLICAS}"]
@@ -94,11 +116,15 @@ def checks(rows: list[dict[str, Any]]) -> list[Check]:
         ]
     ratio, lone_ms = fused["c=64 req/s"] / plain["c=64 req/s"], fused["c=1 p50 ms"]
     name = "≥ 0.8× bare FastAPI's throughput with as many replicas"
+    late_ms, missing = fused["event visible p99 ms"], fused["acknowledged, not visible"]
     return [
         *found,
+        Check(name="event visible ≤ 10 ms p99", value=late_ms, target=10, unit="ms", holds=late_ms <= 10),
+        Check(name="acknowledged events that the next answer lacks", value=missing, target=0, unit="events",
+              holds=missing == 0),
         Check(name=name, value=ratio, target=0.8, unit="times", holds=ratio >= 0.8),
         Check(name="p50 at one connection ≤ 2.5 ms", value=lone_ms, target=2.5, unit="ms", holds=lone_ms <= 2.5),
-    ]
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -137,7 +163,7 @@ def one_round(scene: Scene, seconds: float, python: str | None) -> list[dict[str
     for topology in ("fused", "split"):
         with ours(scene, topology, REPLICAS if topology == "fused" else 1) as at:
             name = f"ours {topology} x{REPLICAS}" if topology == "fused" else "ours split 1+1"
-            rows.append(measure(name, at, seconds, scene.bodies))
+            rows.append(measure(name, at, seconds, scene.bodies) | freshness(at, scene.bodies, EVENTS))
     for workers in (1, REPLICAS):
         with bare(scene, workers) as at:
             rows.append(measure(f"bare FastAPI x{workers}", at, seconds, scene.bodies))

@@ -36,6 +36,8 @@ STARTS = ("head_start_ray_commands", "worker_start_ray_commands")
 SETTINGS = {  # what Ray, Serve and Train read on every node
     "RAY_AUTH_MODE": "token",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_worker_niceness": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
 }
