@@ -17,6 +17,7 @@ import pytest
 from fastapi import FastAPI
 
 from elasticrec.errors import ConfigError
+from elasticrec.monitoring.series import REQUESTS
 from elasticrec.serving.answers import Answers, fair_s
 from elasticrec.serving.api import DeadlineError, OverloadedError, UnavailableError
 from elasticrec.serving.assortment import Assortment
@@ -35,6 +36,7 @@ from elasticrec.serving.postprocess import Chosen, Recommendation
 from elasticrec.serving.rate import Rate, RateConfig
 from elasticrec.serving.readiness import Readiness
 from elasticrec.serving.recommend_routes import BULK_REQUESTS
+from elasticrec.serving.watch import Watch
 from tests.contract.redis_server import redis_server
 
 
@@ -200,6 +202,22 @@ def test_beyond_a_few_batch_requests_the_answer_is_429(events: SqliteEventStore)
             model.gate.set()
             assert [(await one).status_code for one in waiting] == [200] * BULK_REQUESTS
             assert (await http.post("/v1/recommend:batch", json=body)).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_failure_nobody_foresaw_is_marked_counted_and_told(events: SqliteEventStore) -> None:
+    async def scenario() -> None:
+        model, watch = Model(), Watch()
+        model.error = RuntimeError("secret")
+        app = create_app(service(model, events, watch=watch), None, Protection(timeout_ms=20_000))
+        async with client(app) as http:
+            answer = await http.post("/v1/recommend", json=ASK, headers={"x-request-id": "mine"})
+        assert answer.status_code == 500
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert (answer.headers["x-request-id"], answer.headers["x-content-type-options"]) == ("mine", "nosniff")
+        assert "secret" not in answer.text
+        assert watch.ledger.turn().added[REQUESTS, ("/v1/recommend", "500")] == 1
 
     asyncio.run(scenario())
 

@@ -21,6 +21,7 @@ A = TypeVar("A")
 @dataclass(kw_only=True, slots=True)
 class _Waiting(Generic[Q, A]):
     question: Q
+    group: Hashable = None
     deadline_s: float | None = field(default_factory=DEADLINE_S.get)
     answer: "asyncio.Future[A]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -65,7 +66,7 @@ class Batcher(Generic[Q, A]):
         require_time()
         if self._max_waiting is not None and len(self._waiting) >= self._max_waiting:
             raise OverloadedError("too many requests wait for the model; come again")
-        waiting: _Waiting[Q, A] = _Waiting(question=question)
+        waiting: _Waiting[Q, A] = _Waiting(question=question, group=self._group and self._group(question))
         self._waiting.append(waiting)
         if self._free:
             self._free -= 1
@@ -91,15 +92,12 @@ class Batcher(Generic[Q, A]):
                 continue
             if waiting.deadline_s is not None and waiting.deadline_s <= time.monotonic():
                 waiting.answer.set_exception(DeadlineError("the time that the request allowed is over"))
-            elif batch and not self._fit(batch[0], waiting):
+            elif batch and waiting.group != batch[0].group:
                 others.append(waiting)
             else:
                 batch.append(waiting)
         self._waiting.extendleft(reversed(others))
         return batch
-
-    def _fit(self, one: _Waiting[Q, A], other: _Waiting[Q, A]) -> bool:
-        return self._group is None or self._group(one.question) == self._group(other.question)
 
     @property
     def waiting(self) -> int:

@@ -170,7 +170,7 @@ def _health(service: Service) -> APIRouter:
 
 
 def _add_problems(app: FastAPI) -> None:
-    """Every error leaves as problem+json and without a trace."""
+    """Every error of a known kind leaves as problem+json; `Guard` answers for the others."""
 
     @app.exception_handler(ApiError)
     async def api_error(_: HttpRequest, error: ApiError) -> Response:
@@ -197,11 +197,6 @@ def _add_problems(app: FastAPI) -> None:
         headers = dict(error.headers) if error.headers else None
         detail = str(error.detail)[:_MAX_SHOWN_CHARACTERS]
         return ProblemResponse(problem(error.status_code, f"http-{error.status_code}", detail, detail), headers)
-
-    @app.exception_handler(Exception)
-    async def failure(_: HttpRequest, error: Exception) -> Response:
-        _LOGGER.error("a request failed", exc_info=error)
-        return respond(ApiError("the request failed inside the service; its log says why"))
 
 
 def _invalid(error: RequestValidationError) -> dict[str, Any]:

@@ -43,6 +43,7 @@ _MEASURED_PATHS: Final = frozenset({"/v1/recommend", "/v1/recommend:batch", "/v1
 NOBODY: Final = "nobody"  # who calls where no keys are configured
 _MAX_DRAINED_BYTES = 64 * MAX_BODY_BYTES
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_CLIENT_GONE: Final = 499  # as web servers count a request whose answer nobody waited for
 _GRACE_S: Final = 0.25  # beyond the deadline, in which an answer without the model is still made
 _SECURITY: Final = (
     (b"x-content-type-options", b"nosniff"),
@@ -119,8 +120,14 @@ class Guard:
             elif isinstance(error, ForbiddenError):
                 self._watch.refused("scope")
             await respond(error)(scope, receive, marked)
+        except Exception as error:
+            _LOGGER.error("a request failed", exc_info=error)
+            if marked.status:  # half of an answer is out
+                raise
+            await respond(ApiError("the request failed inside the service; its log says why"))(scope, receive, marked)
         finally:
-            self._watch.request(_route(scope, path), marked.status, 1e3 * (time.perf_counter() - started_s))
+            took_ms = 1e3 * (time.perf_counter() - started_s)
+            self._watch.request(_route(scope, path), marked.status or _CLIENT_GONE, took_ms)
             if who is not None and scope_of(scope["method"], path) == "admin":
                 line = (who, scope["method"], path, marked.status, marked.request_id)
                 await asyncio.to_thread(self._protection.audit.write, *line)  # it waits for the disk
