@@ -99,33 +99,56 @@ def test_alerts_fire_when_a_budget_burns_and_not_otherwise(tmp_path: Path) -> No
     tickets = {"severity": "ticket", "windows": "1d/2h"}, {"severity": "ticket", "windows": "3d/6h"}
     drifted = {"severity": "ticket", "of": "scores", "version": "films:2"}
     expected = {
-        "ElasticrecAvailabilityBurns": [*named, *tickets],
-        "ElasticrecFreshnessBurns": [*named, *tickets],
+        "ElasticrecAvailabilityBurns": [(labels, "5% are bad") for labels in (*named, *tickets)],
+        "ElasticrecFreshnessBurns": [(labels, "100% are bad") for labels in (*named, *tickets)],
         "ElasticrecLatencyBurns": [],
-        "ElasticrecDrift": [drifted],
+        "ElasticrecDrift": [(drifted, "0.3")],
     }
-    summaries = {
+    require_alerts(tmp_path, samples, {"2h": expected})
+
+
+def require_alerts(
+    folder: Path, samples: dict[str, str], expected: dict[str, dict[str, list[tuple[dict[str, str], str]]]]
+) -> None:
+    """Of series with a sample every 30 s: labels and value of the alerts that fire at a time, by their names."""
+    told = {
         rule["alert"] + str(rule["labels"].get("windows", "")): rule["annotations"]
         for group in rules.rules()["groups"]
         for rule in group["rules"]
         if "alert" in rule
     }
-    shares = {"ElasticrecAvailabilityBurns": "5% are bad", "ElasticrecFreshnessBurns": "100% are bad"}
 
-    def annotated(name: str, labels: dict[str, str]) -> dict[str, Any]:
-        told = dict(summaries[name + labels.get("windows", "")])
-        told |= {"share": shares[name]} if "share" in told else {"value": "0.3"}
-        return {"exp_labels": labels, "exp_annotations": told}
+    def annotated(name: str, labels: dict[str, str], value: str) -> dict[str, Any]:
+        annotations = told[name + labels.get("windows", "")]
+        annotations = annotations | {"share" if "share" in annotations else "value": value}
+        return {"exp_labels": labels, "exp_annotations": annotations}
 
     checks = [
-        {"eval_time": "2h", "alertname": name, "exp_alerts": [annotated(name, labels) for labels in found]}
-        for name, found in expected.items()
+        {"eval_time": time, "alertname": name, "exp_alerts": [annotated(name, *one) for one in found]}
+        for time, alerts in expected.items()
+        for name, found in alerts.items()
     ]
     given = [{"series": name, "values": values} for name, values in samples.items()]
     test = {"rule_files": [str(DEPLOYED / files.RULES)], "evaluation_interval": "30s"}
     test |= {"tests": [{"interval": "30s", "input_series": given, "alert_rule_test": checks}]}
-    (tmp_path / "test.yml").write_text(yaml.safe_dump(test), encoding="utf-8")
-    promtool("test", "rules", str(tmp_path / "test.yml"))
+    (folder / "test.yml").write_text(yaml.safe_dump(test), encoding="utf-8")
+    promtool("test", "rules", str(folder / "test.yml"))
+
+
+def test_a_run_that_hangs_stalls_and_one_that_has_ended_does_not(tmp_path: Path) -> None:
+    """Ray tells the counter of both for ever; the gauge of the one ends, or is no number any more."""
+    samples = {
+        'ray_elasticrec_train_tokens_total{run="hangs"}': "0+9x20 180x60",
+        'ray_elasticrec_train_starts{run="hangs"}': "1x80",
+        'ray_elasticrec_train_tokens_total{run="ended"}': "0+9x20 180x60",
+        'ray_elasticrec_train_starts{run="ended"}': "1x20 stale",
+        'ray_elasticrec_train_tokens_total{run="over"}': "0+9x20 180x60",
+        'ray_elasticrec_train_starts{run="over"}': "1x20" + 60 * " NaN",
+    }
+    stalled: list[tuple[dict[str, str], str]] = [({"severity": "ticket", "run": "hangs"}, "0")]
+    require_alerts(
+        tmp_path, samples, {"9m": {"ElasticrecTrainingStalls": []}, "35m": {"ElasticrecTrainingStalls": stalled}}
+    )
 
 
 class Recorder:

@@ -25,8 +25,8 @@ def test_a_resized_run_tells_its_pause_and_counts_nothing_twice(tmp_path: Path) 
     with Journal(tmp_path, 3, telemetry) as journal:  # step 3 is done again
         journal.step(line(3, 1, 33.0, 3_500))
         journal.step(line(4, 1, 34.0, 4_500))
-    telemetry.saved(0.25)
-    page = ledger.turn()
+        telemetry.saved(0.25)
+        page = ledger.turn()
     assert page.added[series.TRAIN_TOKENS, ("run",)] == 200
     assert page.added[series.TRAIN_SENT_BYTES, ("run",)] == 1_500
     assert page.observed[series.TRAIN_STEP_MS, ("run",)].sum == pytest.approx(60)
@@ -43,9 +43,11 @@ def test_a_resized_run_tells_its_pause_and_counts_nothing_twice(tmp_path: Path) 
 def test_a_fresh_run_has_no_pause(tmp_path: Path) -> None:
     ledger = Ledger()
     with Journal(tmp_path, 0, Telemetry(ledger, "run", starts=0)) as journal:
+        assert ledger.turn().added[series.TRAIN_TOKENS, ("run",)] == 0  # known before its first step
         journal.step(line(0, 2, 10.0, 700))
-    page = ledger.turn()
+        page = ledger.turn()
     assert page.added[series.TRAIN_SENT_BYTES, ("run",)] == 700
     names = {one.name: value for (one, _), value in page.levels.items()}
     assert names["train_resizes"] == 0
     assert "train_resize_s" not in names
+    assert ledger.turn().levels == {}  # the run is over: nothing of it stalls or ages

@@ -165,7 +165,8 @@ ALERTS: Final = (
     ),
     Alert(
         name="ElasticrecTrainingStalls",
-        value=f"min by (run) (clamp_max({series.TRAIN_TOKENS.rate('5m', by=['run'])}, 1))",
+        # Ray never drops a counter; the gauge goes with the run.
+        value=f"({series.TRAIN_TOKENS.rate('5m', by=['run'])} and on (run) ({series.TRAIN_STARTS.select()} > 0))",
         condition="== 0",
         patience="10m",
         severity="ticket",
