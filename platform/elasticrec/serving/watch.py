@@ -124,6 +124,10 @@ class Watch:
         if catalogue is not None:
             watched["events"].add(filter(None, map(catalogue.index, item_ids[:_EVENTS_SAMPLED])))
 
+    def late(self, took_ms: float) -> None:
+        """Events of one request were given up after so long."""
+        self.ledger.observe(series.EVENT_LAG_MS, took_ms)
+
     def wrote(self, took_ms: float) -> None:
         """One commit of the event store; from any thread."""
         self.ledger.observe(series.EVENT_WRITE_MS, took_ms)
