@@ -23,8 +23,10 @@ from elasticrec.serving.gateway import Service, create_app
 from elasticrec.serving.guard import Protection
 from elasticrec.serving.history import Request
 from elasticrec.serving.postprocess import Chosen, Recommendation
+from elasticrec.serving.prior import PriorConfig
 from elasticrec.serving.rate import Rate, RateConfig
 from elasticrec.serving.rollout import Rollout
+from elasticrec.serving.setup import StagesConfig
 from elasticrec.serving.versions import Loaded, Versions
 from elasticrec.serving.watch import Watch
 
@@ -74,9 +76,9 @@ def plain(count: int, k: int = BEST) -> list[Request]:
     return [Request(k=k, user_id=f"user {number}") for number in range(count)]
 
 
-def watched(scenario: Callable[[Versions], Awaitable[None]], rollout: Rollout) -> Page:
+def watched(scenario: Callable[[Versions], Awaitable[None]], rollout: Rollout, how: StagesConfig | None = None) -> Page:
     """What the ledger holds after a scenario."""
-    watch = Watch(sampling_s=0)
+    watch = Watch(sampling_s=0, own_scores=(how or StagesConfig()).own_scores)
 
     async def run() -> None:
         versions = Versions(loaded, watch)
@@ -122,6 +124,10 @@ def test_drift_is_of_plain_requests_and_of_versions_that_are_held() -> None:
     assert page.levels[series.DRIFT, ("items", "a")] < 0.05
     page = watched(scenario, Rollout(production="c"))
     assert page.levels[series.DRIFT, ("scores", "c")] > 0.25
+
+    for how in (StagesConfig(prior=PriorConfig(debias=0.5)), StagesConfig(classes={"rank": "shop.mine:Ranker"})):
+        page = watched(scenario, Rollout(production="c"), how)
+        assert {labels[0] for one, labels in page.levels if one is series.DRIFT} == {"items"}  # scores are meant so
 
     async def moves(versions: Versions) -> None:
         await versions.apply(Rollout(production="b"))

@@ -44,14 +44,15 @@ class Nobody:
 class Telemetry:
     """An observer that keeps the metrics of one run."""
 
-    def __init__(self, ledger: Ledger, run: str, starts: int) -> None:
-        """`starts`: how often a group of workers began before this one."""
+    def __init__(self, ledger: Ledger, run: str, starts: int, saved: float | None = None) -> None:
+        """`starts`: how often a group of workers began before this one. `saved`: when the newest checkpoint was
+        written, or without one the first group began, in seconds since the epoch; none: this is the first."""
         self._ledger, self._run = ledger, run
         self._last: Mapping[str, Any] | None = None  # step of this group
         self._before: Mapping[str, Any] | None = None  # last step of the group before
         self._resizes = 0
         self._pause_s: float | None = None
-        self._saved_s = time.monotonic()
+        self._saved = time.time() if saved is None else saved  # by the clock: another node may have written it
         self._took_s: float | None = None
         self._levels: dict[series.Series, Callable[[], float | None]] = {
             series.TRAIN_STARTS: lambda: float(starts + 1),
@@ -60,7 +61,7 @@ class Telemetry:
             series.TRAIN_RESIZES: lambda: float(self._resizes),
             series.TRAIN_RESIZE_S: lambda: self._pause_s,
             series.CHECKPOINT_S: lambda: self._took_s,
-            series.CHECKPOINT_AGE_S: lambda: time.monotonic() - self._saved_s,
+            series.CHECKPOINT_AGE_S: lambda: max(0.0, time.time() - self._saved),
         }
         for one, read in self._levels.items():
             ledger.level(one, read, run)
@@ -82,7 +83,7 @@ class Telemetry:
         self._last = line
 
     def saved(self, seconds: float) -> None:
-        self._saved_s, self._took_s = time.monotonic(), seconds
+        self._saved, self._took_s = time.time(), seconds
 
     def ended(self) -> None:
         for one in self._levels:
