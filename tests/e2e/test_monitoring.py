@@ -201,13 +201,16 @@ class Watched:
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
 
-def expressions() -> dict[str, str]:
+def expressions() -> dict[tuple[str, str], str]:
     """Every query of the dashboard, recorded share, value that an alert compares, and kind of drift."""
-    panels = {title: text.replace(dashboard.WINDOW, "20s") for title, text in dashboard.queries()}
-    shares = {one.record(burn.long): one.record(burn.long) for one in rules.OBJECTIVES for burn in rules.BURNS}
-    shares |= {one.record(burn.short): one.record(burn.short) for one in rules.OBJECTIVES for burn in rules.BURNS}
-    drifts = {f"drift of {of}": series.DRIFT.select(of=of) for of in ("scores", "items", "events")}
-    return panels | shares | drifts | {one.name: one.value for one in rules.ALERTS}
+    asked = [(title, text.replace(dashboard.WINDOW, "20s")) for title, text in dashboard.queries()]
+    windows = dict.fromkeys(window for burn in rules.BURNS for window in (burn.long, burn.short))
+    asked += [(one.name, one.record(window)) for one in rules.OBJECTIVES for window in windows]
+    asked += [("drift", series.DRIFT.select(of=of)) for of in ("scores", "items", "events")]
+    asked += [(one.name, one.value) for one in rules.ALERTS]
+    found = {(title, text): text for title, text in asked}
+    assert len(found) == len(asked), "a query is there twice"
+    return found
 
 
 def test_the_command_ends_in_order_on_ctrl_c(tmp_path: Path) -> None:

@@ -99,33 +99,80 @@ def test_alerts_fire_when_a_budget_burns_and_not_otherwise(tmp_path: Path) -> No
     tickets = {"severity": "ticket", "windows": "1d/2h"}, {"severity": "ticket", "windows": "3d/6h"}
     drifted = {"severity": "ticket", "of": "scores", "version": "films:2"}
     expected = {
-        "ElasticrecAvailabilityBurns": [*named, *tickets],
-        "ElasticrecFreshnessBurns": [*named, *tickets],
+        "ElasticrecAvailabilityBurns": [(labels, "5% are bad") for labels in (*named, *tickets)],
+        "ElasticrecFreshnessBurns": [(labels, "100% are bad") for labels in (*named, *tickets)],
         "ElasticrecLatencyBurns": [],
-        "ElasticrecDrift": [drifted],
+        "ElasticrecDrift": [(drifted, "0.3")],
     }
-    summaries = {
+    require_alerts(tmp_path, samples, {"2h": expected})
+
+
+def require_alerts(
+    folder: Path, samples: dict[str, str], expected: dict[str, dict[str, list[tuple[dict[str, str], str]]]]
+) -> None:
+    """Of series with a sample every 30 s: labels and value of the alerts that fire at a time, by their names."""
+    told = {
         rule["alert"] + str(rule["labels"].get("windows", "")): rule["annotations"]
         for group in rules.rules()["groups"]
         for rule in group["rules"]
         if "alert" in rule
     }
-    shares = {"ElasticrecAvailabilityBurns": "5% are bad", "ElasticrecFreshnessBurns": "100% are bad"}
 
-    def annotated(name: str, labels: dict[str, str]) -> dict[str, Any]:
-        told = dict(summaries[name + labels.get("windows", "")])
-        told |= {"share": shares[name]} if "share" in told else {"value": "0.3"}
-        return {"exp_labels": labels, "exp_annotations": told}
+    def annotated(name: str, labels: dict[str, str], value: str) -> dict[str, Any]:
+        annotations = told[name + labels.get("windows", "")]
+        annotations = annotations | {"share" if "share" in annotations else "value": value}
+        return {"exp_labels": labels, "exp_annotations": annotations}
 
     checks = [
-        {"eval_time": "2h", "alertname": name, "exp_alerts": [annotated(name, labels) for labels in found]}
-        for name, found in expected.items()
+        {"eval_time": time, "alertname": name, "exp_alerts": [annotated(name, *one) for one in found]}
+        for time, alerts in expected.items()
+        for name, found in alerts.items()
     ]
     given = [{"series": name, "values": values} for name, values in samples.items()]
     test = {"rule_files": [str(DEPLOYED / files.RULES)], "evaluation_interval": "30s"}
     test |= {"tests": [{"interval": "30s", "input_series": given, "alert_rule_test": checks}]}
-    (tmp_path / "test.yml").write_text(yaml.safe_dump(test), encoding="utf-8")
-    promtool("test", "rules", str(tmp_path / "test.yml"))
+    (folder / "test.yml").write_text(yaml.safe_dump(test), encoding="utf-8")
+    promtool("test", "rules", str(folder / "test.yml"))
+
+
+def test_a_run_that_hangs_stalls_and_one_that_has_ended_does_not(tmp_path: Path) -> None:
+    """Ray tells the counter of both for ever; the gauge of the one ends, or is no number any more."""
+    samples = {
+        'ray_elasticrec_train_tokens_total{run="hangs"}': "0+9x20 180x60",
+        'ray_elasticrec_train_starts{run="hangs"}': "1x80",
+        'ray_elasticrec_train_tokens_total{run="ended"}': "0+9x20 180x60",
+        'ray_elasticrec_train_starts{run="ended"}': "1x20 stale",
+        'ray_elasticrec_train_tokens_total{run="over"}': "0+9x20 180x60",
+        'ray_elasticrec_train_starts{run="over"}': "1x20" + 60 * " NaN",
+    }
+    stalled: list[tuple[dict[str, str], str]] = [({"severity": "ticket", "run": "hangs"}, "0")]
+    require_alerts(
+        tmp_path, samples, {"9m": {"ElasticrecTrainingStalls": []}, "35m": {"ElasticrecTrainingStalls": stalled}}
+    )
+
+
+def test_an_outage_is_told_by_what_is_not_there(tmp_path: Path) -> None:
+    """One node of three dies after ten minutes, with the only replica; after twenty the others follow."""
+    samples = {
+        'up{job="ray",instance="a"}': "1x40 _x200",
+        'up{job="ray",instance="b"}': "1x40 _x200",
+        'up{job="ray",instance="c"}': "1x20 stale",
+        'ray_elasticrec_in_flight{replica="r"}': "3x20 stale",
+    }
+    gone: list[tuple[dict[str, str], str]] = [({"severity": "ticket"}, "-1")]
+    paged: list[tuple[dict[str, str], str]] = [({"severity": "page"}, "0")]
+    names = ("ElasticrecNodeGone", "ElasticrecNoReplica", "ElasticrecSilent")
+    expected = {"9m": ([], [], []), "14m": (gone, paged, []), "40m": ([], paged, paged), "90m": ([], [], paged)}
+    require_alerts(tmp_path, samples, {time: dict(zip(names, found, strict=True)) for time, found in expected.items()})
+
+
+def test_the_section_for_an_alertmanager_is_one(tmp_path: Path) -> None:
+    text = (DEPLOYED / files.PROMETHEUS).read_text(encoding="utf-8")
+    before, _, commented = text.partition("# alerting:")
+    place = tmp_path / files.PROMETHEUS
+    place.write_text(before + "alerting:" + commented.replace("\n# ", "\n"), encoding="utf-8")
+    assert yaml.safe_load(place.read_text(encoding="utf-8"))["alerting"]["alertmanagers"]
+    promtool("check", "config", "--syntax-only", str(place))
 
 
 class Recorder:
@@ -156,7 +203,7 @@ class Recorder:
 
 def test_what_is_written_comes_out_once_with_its_buckets() -> None:
     ledger, recorder = Ledger(), Recorder()
-    instruments = Instruments(recorder.module())
+    instruments = Instruments(recorder.module(), hold_s=0)
     ledger.add(series.REQUESTS, 2, "/v1/events", "200")
     ledger.add(series.DEGRADED, 0)
     for value in (1, 7, 7, 9_999):
@@ -166,16 +213,30 @@ def test_what_is_written_comes_out_once_with_its_buckets() -> None:
     for _ in range(2):
         instruments.write(ledger.turn())
     values = recorder.values
-    assert values["elasticrec_requests", ("/v1/events", "200")] == 2
+    assert values["elasticrec_requests", ("/v1/events", "200")] == pytest.approx(2)
     assert values["elasticrec_degraded_answers", ()] == pytest.approx(0, abs=1e-9)  # known, and nothing yet
     assert values["elasticrec_waiting", ()] == 3
-    assert values["elasticrec_queue_ms_count", ()] == 4
+    assert values["elasticrec_queue_ms_count", ()] == pytest.approx(4)
     assert values["elasticrec_queue_ms_sum", ()] == pytest.approx(10_014)
     buckets = {labels[0]: values[name, labels] for name, labels in values if name == "elasticrec_queue_ms_bucket"}
     assert [round(buckets[edge]) for edge in ("1", "2", "5", "10", "5000", "+Inf")] == [1, 1, 1, 3, 3, 4]
     ledger.forget(series.WAITING)
     instruments.write(ledger.turn())
     assert np.isnan(values["elasticrec_waiting", ()])  # or Ray would go on telling 3
+
+
+def test_the_first_failures_of_a_kind_are_a_rise() -> None:
+    """`rate` sees no rise where a counter begins, so it is told as next to nothing for one of Ray's reports."""
+    ledger, recorder, now_s = Ledger(), Recorder(), [0.0]
+    instruments = Instruments(recorder.module(), hold_s=10, now_s=lambda: now_s[0])
+    key = "elasticrec_requests", ("/v1/recommend", "500")
+    told = []
+    for second in range(14):
+        now_s[0] = float(second)
+        ledger.add(series.REQUESTS, 3 if second < 2 or second == 12 else 0, *key[1])
+        instruments.write(ledger.turn())
+        told.append(round(recorder.values[key]))
+    assert told == [0] * 10 + [6, 6, 9, 9]
 
 
 def test_stability_index_by_hand() -> None:

@@ -66,3 +66,31 @@ def test_what_the_command_says_last_is_told(films: Moves, monkeypatch: pytest.Mo
     runs("import sys; sys.exit(3)")
     with pytest.raises(MoveRefusedError, match="status 3"):
         asyncio.run(films.make(wish))
+
+
+def test_a_move_outlives_its_request_and_keeps_the_next_one_out(
+    films: Moves, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end, ended = tmp_path / "end", tmp_path / "ended"
+    code = f"""
+import pathlib, time
+while not pathlib.Path({str(end)!r}).exists():
+    time.sleep(0.01)
+pathlib.Path({str(ended)!r}).touch()
+print("moved")
+"""
+    monkeypatch.setattr(Moves, "_command", lambda *_: [sys.executable, "-c", code])
+    wish = MoveRequest(action="rollback")
+
+    async def scenario() -> str:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await films.make(wish)
+        with pytest.raises(MoveRefusedError, match="another move goes on"):
+            await films.make(wish)
+        end.touch()
+        await asyncio.gather(*films._running)
+        assert ended.exists()
+        return await films.make(wish)
+
+    assert asyncio.run(scenario()) == "moved"

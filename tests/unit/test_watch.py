@@ -1,6 +1,7 @@
 """What a replica's metrics hold after what happened: statuses, refusals, batches by role, shadows, events, drift."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from elasticrec.serving.gateway import Service, create_app
 from elasticrec.serving.guard import Protection
 from elasticrec.serving.history import Request
 from elasticrec.serving.postprocess import Chosen, Recommendation
+from elasticrec.serving.prior import PriorConfig
 from elasticrec.serving.rate import Rate, RateConfig
 from elasticrec.serving.rollout import Rollout
+from elasticrec.serving.setup import StagesConfig
 from elasticrec.serving.versions import Loaded, Versions
 from elasticrec.serving.watch import Watch
 
@@ -73,9 +76,9 @@ def plain(count: int, k: int = BEST) -> list[Request]:
     return [Request(k=k, user_id=f"user {number}") for number in range(count)]
 
 
-def watched(scenario: Callable[[Versions], Awaitable[None]], rollout: Rollout) -> Page:
+def watched(scenario: Callable[[Versions], Awaitable[None]], rollout: Rollout, how: StagesConfig | None = None) -> Page:
     """What the ledger holds after a scenario."""
-    watch = Watch(sampling_s=0)
+    watch = Watch(sampling_s=0, own_scores=(how or StagesConfig()).own_scores)
 
     async def run() -> None:
         versions = Versions(loaded, watch)
@@ -121,6 +124,10 @@ def test_drift_is_of_plain_requests_and_of_versions_that_are_held() -> None:
     assert page.levels[series.DRIFT, ("items", "a")] < 0.05
     page = watched(scenario, Rollout(production="c"))
     assert page.levels[series.DRIFT, ("scores", "c")] > 0.25
+
+    for how in (StagesConfig(prior=PriorConfig(debias=0.5)), StagesConfig(classes={"rank": "shop.mine:Ranker"})):
+        page = watched(scenario, Rollout(production="c"), how)
+        assert {labels[0] for one, labels in page.levels if one is series.DRIFT} == {"items"}  # scores are meant so
 
     async def moves(versions: Versions) -> None:
         await versions.apply(Rollout(production="b"))
@@ -215,3 +222,41 @@ def test_a_full_queue_is_a_refusal_of_its_own(tmp_path: Path) -> None:
         labels[0]: amount for (one, labels), amount in watch.ledger.turn().added.items() if one is series.REFUSED
     }
     assert refused["queue"] == 3
+
+
+def test_events_that_outlive_their_request_are_the_slow_ones_that_count(tmp_path: Path) -> None:
+    events = SqliteEventStore(SqliteConfig(path=tmp_path / "events.sqlite"))
+    watch, model = Watch(), Model("a")
+    append, gate = events.append, threading.Event()
+
+    def slow(stored: Any) -> None:
+        gate.wait(10)
+        append(stored)
+
+    events.append = slow  # type: ignore[method-assign]
+
+    async def scenario() -> list[int]:
+        service = Service(model=model, recommend=model.recommend, events=events, watch=watch)
+        transport = httpx.ASGITransport(app=create_app(service, None))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            body = {"events": [{"user_id": "u", "item_id": "i1"}]}
+            hurry = {"x-request-timeout-ms": "50"}
+            asking = []
+            for _ in range(2):  # one is written, one waits
+                asking.append(asyncio.create_task(client.post("/v1/events", json=body, headers=hurry)))
+                await asyncio.sleep(0.02)
+            statuses = [(await one).status_code for one in asking]
+            assert watch.ledger.turn().observed.get((series.EVENT_LAG_MS, ())) is None  # neither has come to its end
+            gate.set()
+            while events.count("u") < 1:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            return statuses
+
+    assert asyncio.run(scenario()) == [504, 504]
+    events.close()
+    page = watch.ledger.turn()
+    assert page.added[series.EVENTS, ()] == 1  # the other one was given up
+    lags = page.observed[series.EVENT_LAG_MS, ()]
+    assert sum(lags.counts) == 2
+    assert lags.sum > 2 * 250  # the deadline and its grace

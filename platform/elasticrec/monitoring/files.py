@@ -18,13 +18,22 @@ PROVIDERS: Final = "grafana/provisioning/dashboards/elasticrec.yml"
 DISCOVERY: Final = "/tmp/ray/prom_metrics_service_discovery.json"  # where Ray's head node writes it by default
 _MARKS: Final = ("<!-- metrics: made by python -m elasticrec.monitoring -->", "<!-- end of metrics -->")
 _HEADER: Final = "# Made by: python -m elasticrec.monitoring\n"
+# Who is called out is everybody's own affair.
+_ALERTING: Final = """\
+# Alerts are computed here and told to nobody, until an Alertmanager is named:
+# alerting:
+#   alertmanagers:
+#   - static_configs:
+#     - targets:
+#       - 127.0.0.1:9093
+"""
 
 
 def rendered() -> dict[str, str]:
     """Every file by its path below `deploy/monitoring`."""
     return {
         RULES: _yaml(rules()),
-        PROMETHEUS: _yaml(prometheus({"file_sd_configs": [{"files": [DISCOVERY]}]})),
+        PROMETHEUS: _yaml(prometheus({"file_sd_configs": [{"files": [DISCOVERY]}]})) + _ALERTING,
         DASHBOARD: json.dumps(dashboard(), indent=1) + "\n",
         SOURCES: _yaml(source("http://127.0.0.1:9090")),
         PROVIDERS: _yaml(provider("/var/lib/grafana/dashboards")),

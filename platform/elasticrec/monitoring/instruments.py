@@ -3,6 +3,10 @@
 import logging
 import math
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from types import ModuleType
 from typing import Any, Final
@@ -12,7 +16,16 @@ from elasticrec.monitoring.series import EDGE, Series
 
 PERIOD_S: Final = 1.0
 _NEXT_TO_NOTHING: Final = 1e-12  # Ray refuses to add 0, by which a counter would be known before it first rises
+_Counter = tuple[str, tuple[str, ...]]  # name, values of the labels
 _LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a counter that has just begun is told of later."""
+
+    until_s: float
+    amount: float = 0.0
 
 
 def export(ledger: Ledger, metrics: ModuleType, period_s: float = PERIOD_S) -> None:
@@ -21,7 +34,7 @@ def export(ledger: Ledger, metrics: ModuleType, period_s: float = PERIOD_S) -> N
     Args:
         metrics: `ray.util.metrics`, or in a replica `ray.serve.metrics`, which tags series with the replica's name.
     """
-    instruments = Instruments(metrics)
+    instruments = Instruments(metrics, hold_s=_report_s())
 
     def run() -> None:
         pause = threading.Event()
@@ -34,17 +47,27 @@ def export(ledger: Ledger, metrics: ModuleType, period_s: float = PERIOD_S) -> N
     threading.Thread(target=run, name="metrics", daemon=True).start()
 
 
+def _report_s() -> float:
+    """How often Ray passes values on."""
+    import ray
+
+    return max(1.0, ray._config.metrics_report_interval_ms() / 1e3)
+
+
 class Instruments:
     """Ray's counters and gauges, each made when it is first needed."""
 
-    def __init__(self, metrics: ModuleType) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: ModuleType, hold_s: float, now_s: Callable[[], float] = time.monotonic) -> None:
+        """`hold_s`: how long a new counter is next to nothing, so that its first rise is seen as one."""
+        self._metrics, self._hold_s, self._now_s = metrics, hold_s, now_s
         self._made: dict[str, Any] = {}
-        self._started: set[tuple[str, tuple[str, ...]]] = set()
+        self._started: dict[_Counter, Any] = {}  # what adds to it
+        self._held: dict[_Counter, _Held] = {}
         self._levels: set[Key] = set()
 
     def write(self, page: Page) -> None:
         """Tells Ray what came together since the page before."""
+        self._let_go()
         for (series, labels), amount in page.added.items():
             self._add(series.full_name, series.text, series.labels, labels, amount)
         for (series, labels), buckets in page.observed.items():
@@ -69,11 +92,22 @@ class Instruments:
         self._add(f"{series.full_name}_sum", series.text, series.labels, labels, buckets.sum)
 
     def _add(self, name: str, text: str, names: tuple[str, ...], labels: tuple[str, ...], amount: float) -> None:
-        if amount <= 0 and (name, labels) in self._started:
-            return
-        self._started.add((name, labels))
-        counter = self._instrument("Counter", name, text, names)
-        counter.inc(max(float(amount), _NEXT_TO_NOTHING), tags=dict(zip(names, labels, strict=True)))
+        key = name, labels
+        if key not in self._started:
+            counter = self._instrument("Counter", name, text, names)
+            self._started[key] = partial(counter.inc, tags=dict(zip(names, labels, strict=True)))
+            self._started[key](_NEXT_TO_NOTHING)
+            self._held[key] = _Held(self._now_s() + self._hold_s)
+        if (held := self._held.get(key)) is not None:
+            held.amount += amount
+        elif amount > 0:
+            self._started[key](float(amount))
+
+    def _let_go(self) -> None:
+        now_s = self._now_s()
+        for key in [key for key, held in self._held.items() if held.until_s <= now_s]:
+            if (amount := self._held.pop(key).amount) > 0:
+                self._started[key](float(amount))
 
     def _instrument(self, kind: str, name: str, text: str, names: tuple[str, ...]) -> Any:
         if name not in self._made:

@@ -102,6 +102,8 @@ def _share(part: str, whole: str) -> str:
     return f"{part} / ({whole} > 0)"
 
 
+_NODES: Final = 'sum (up{job="ray"})'
+_REPLICAS: Final = f"count ({series.IN_FLIGHT.select()} >= 0)"  # none that is no number
 _SHADOW_FAILED: Final = series.SHADOW_FAILED.rate("15m", by=["version"])
 ALERTS: Final = (
     Alert(
@@ -165,7 +167,8 @@ ALERTS: Final = (
     ),
     Alert(
         name="ElasticrecTrainingStalls",
-        value=f"min by (run) (clamp_max({series.TRAIN_TOKENS.rate('5m', by=['run'])}, 1))",
+        # Ray never drops a counter; the gauge goes with the run.
+        value=f"({series.TRAIN_TOKENS.rate('5m', by=['run'])} and on (run) ({series.TRAIN_STARTS.select()} > 0))",
         condition="== 0",
         patience="10m",
         severity="ticket",
@@ -178,6 +181,30 @@ ALERTS: Final = (
         patience="2m",
         severity="page",
         summary="A node's metrics cannot be read: the node, or its agent, is down",
+    ),
+    Alert(  # Ray's list of nodes has the living ones alone
+        name="ElasticrecNodeGone",
+        value=f"({_NODES} - max_over_time({_NODES}[15m:15s]))",
+        condition="< 0",
+        patience="2m",
+        severity="ticket",
+        summary="There are fewer nodes than within the last 15 minutes: was one drained, or is it dead?",
+    ),
+    Alert(
+        name="ElasticrecSilent",
+        value=f"({_NODES} or vector(0))",
+        condition="== 0",
+        patience="2m",
+        severity="page",
+        summary="No node's metrics can be read: the cluster is down, or Prometheus does not find it",
+    ),
+    Alert(  # without replicas the proxy answers, and no request is counted
+        name="ElasticrecNoReplica",
+        value=f"({_REPLICAS} or 0 * max_over_time({_REPLICAS}[1h:15s]))",
+        condition="== 0",
+        patience="1m",
+        severity="page",
+        summary="There were replicas within the last hour and there are none: nobody answers",
     ),
 )
 

@@ -151,6 +151,8 @@ TRAIN_STARTS = _gauge(
 TRAIN_RESIZES = _gauge("train_resizes", "resizes", "how often that changed the number of workers", "run")
 TRAIN_RESIZE_S = _gauge("train_resize_s", "s", "from the last step of a group to the first one of the next", "run")
 CHECKPOINT_S = _gauge("checkpoint_s", "s", "writing the newest checkpoint", "run")
-CHECKPOINT_AGE_S = _gauge("checkpoint_age_s", "s", "since the newest checkpoint was written, or training began", "run")
+CHECKPOINT_AGE_S = _gauge(
+    "checkpoint_age_s", "s", "since the newest checkpoint was written, or the run first began", "run"
+)
 
 ALL: Final = tuple(value for value in globals().copy().values() if isinstance(value, Series))

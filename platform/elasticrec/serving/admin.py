@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query
@@ -20,6 +19,7 @@ from elasticrec.serving.api import (
     VersionsResponse,
 )
 from elasticrec.serving.history import Request
+from elasticrec.serving.lookups import Lookups
 from elasticrec.serving.moves import Moves
 from elasticrec.serving.postprocess import Recommendation
 from elasticrec.serving.service import Service
@@ -34,18 +34,19 @@ UserId = Annotated[str, Query(min_length=1, max_length=MAX_ID_CHARACTERS)]
 def admin(service: Service) -> APIRouter:
     """Everything below `/v1/admin`."""
     router = APIRouter(prefix="/v1/admin")
+    lookups = Lookups()
 
     @router.get("/replica", summary="Versions, refused bundles, shadow and queue of the replica that answers")
     async def replica() -> dict[str, Any]:
         return service.state()
 
-    @router.get("/users", summary="Users whose id begins so")
+    @router.get("/users", summary="Users whose id begins so, or some of them")
     async def users(
         prefix: Annotated[str, Query(max_length=MAX_ID_CHARACTERS)] = "",
         limit: Annotated[int, Query(ge=1, le=MAX_USERS)] = 20,
     ) -> UsersResponse:
         find = service.events.users
-        return UsersResponse(user_ids=await _run(service, lambda: find(prefix, limit)))
+        return UsersResponse(user_ids=await lookups.ask(lambda: find(prefix, limit)))
 
     @router.get("/compare", summary="What production, canary and shadow answer to one user")
     async def compare(user_id: UserId, k: Annotated[int, Query(ge=1, le=MAX_K)] = 10) -> CompareResponse:
@@ -65,10 +66,6 @@ def admin(service: Service) -> APIRouter:
         return MoveResponse(told=await _moves(service).make(body))
 
     return router
-
-
-async def _run(service: Service, function: Callable[[], list[str]]) -> list[str]:
-    return await asyncio.get_running_loop().run_in_executor(service.event_thread, function)
 
 
 def _moves(service: Service) -> Moves:

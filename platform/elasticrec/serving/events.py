@@ -99,7 +99,8 @@ class EventStore(Protocol):
         ...
 
     def users(self, prefix: str, limit: int) -> list[str]:
-        """Ids that begin so, of users with events; at most `limit`, in no order that one could rely on."""
+        """Ids that begin so, of users with events; at most `limit`, in no order that one could rely on, and not all
+        where a search for more would take long."""
         ...
 
     def erase(self, user_id: str) -> int:

@@ -23,6 +23,7 @@ from elasticrec.serving.admin import admin
 from elasticrec.serving.answers import Answers, fair_s
 from elasticrec.serving.api import (
     ApiError,
+    DeadlineError,
     EventsRequest,
     EventsResponse,
     HealthResponse,
@@ -130,9 +131,19 @@ def _events(service: Service) -> APIRouter:
     @router.post("/events", response_model=EventsResponse, summary="Keep what users did")
     async def events(body: EventsRequest) -> Response:
         started_s = time.perf_counter()
-        await writes.submit(_stored(body))
         item_ids = [event.item_id for event in body.events]
-        service.watch.accepted(service.model.version, item_ids, 1e3 * (time.perf_counter() - started_s))
+
+        def told(written: asyncio.Task[None]) -> None:
+            took_ms = 1e3 * (time.perf_counter() - started_s)
+            error = None if written.cancelled() else written.exception()
+            if not written.cancelled() and error is None:
+                service.watch.accepted(service.model.version, item_ids, took_ms)
+            elif isinstance(error, DeadlineError):
+                service.watch.late(took_ms)
+
+        writing = asyncio.create_task(writes.submit(_stored(body)))
+        writing.add_done_callback(told)
+        await asyncio.shield(writing)  # the slowest events outlive their requests, and count all the same
         unknown = sum(item_id not in service.model.catalogue for item_id in item_ids)
         response = EventsResponse(
             accepted=len(body.events),

@@ -149,7 +149,7 @@ class FusedReplica:
             model = Recommender(bundle, events, scorer, items, args.how)
             return Loaded(model=model, recommend=in_thread(model.recommend, thread), reference=_reference(bundle))
 
-        watch = _watch()
+        watch = _watch(args.how)
         self._versions = Versions(load, watch)
         self._meter = Meter()
         service = Service(
@@ -195,7 +195,7 @@ class ModelReplica:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._batches = 0
         self._meter = Meter(waiting=lambda: max(0, self._batches - 1) * args.max_batch)
-        _watch().ledger.level(WAITING, self._meter.waiting)
+        _watch(args.how).ledger.level(WAITING, self._meter.waiting)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         wanted = Rollout.of(user_config)
@@ -248,7 +248,7 @@ class GatewayReplica:
             split = SplitRecommender(bundle, events, partial(self._score, uri), thread, items, args.how)
             return Loaded(model=split, recommend=split.recommend, reference=_reference(bundle))
 
-        watch = _watch()
+        watch = _watch(args.how)
         self._versions = Versions(load, watch)
         service = Service(
             model=self._versions,
@@ -373,9 +373,9 @@ def _scaling(args: Args) -> dict[str, Any]:
     }
 
 
-def _watch() -> Watch:
+def _watch(how: StagesConfig) -> Watch:
     """A replica's metrics, which Ray tags with its application, deployment and name."""
-    watch = Watch()
+    watch = Watch(own_scores=how.own_scores)
     export(watch.ledger, metrics)
     return watch
 

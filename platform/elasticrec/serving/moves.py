@@ -25,7 +25,7 @@ class Moves:
     reference: Reference
     app: str
     address: str
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _running: set[asyncio.Task[str]] = field(default_factory=set)
 
     def versions(self) -> dict[str, Any]:
         """Name, versions and labels of the model; reads the registry."""
@@ -33,20 +33,27 @@ class Moves:
         return {"name": name, "versions": registry.versions(name), "labels": registry.labels(name)}
 
     async def make(self, wish: MoveRequest) -> str:
-        """One at a time; the last line that the command said.
+        """One at a time; the last line that the command said. A move goes on when nobody waits for it any more.
 
         Raises:
-            MoveRefusedError: with its reason.
+            MoveRefusedError: with its reason, or another move goes on.
         """
-        async with self._turn:
-            child = await asyncio.create_subprocess_exec(
-                *self._command(wish),
-                env=_environment(os.environ, self.address),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-            )
-            told, problem = await child.communicate()
+        if self._running:
+            raise MoveRefusedError("another move goes on in this replica; wait for its end, then look at the labels")
+        move = asyncio.create_task(self._run(wish))
+        self._running.add(move)
+        move.add_done_callback(self._running.discard)
+        return await asyncio.shield(move)
+
+    async def _run(self, wish: MoveRequest) -> str:
+        child = await asyncio.create_subprocess_exec(
+            *self._command(wish),
+            env=_environment(os.environ, self.address),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        told, problem = await child.communicate()
         if child.returncode:
             raise MoveRefusedError(_last(problem).removeprefix(_PREFIX) or f"it ended with status {child.returncode}")
         return _last(told)

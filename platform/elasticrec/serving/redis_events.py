@@ -31,6 +31,7 @@ PASSWORD: Final = "ELASTICREC_REDIS_PASSWORD"  # variable of the environment
 _WAIT: Final = "wait_replicas"
 _LOADED_EVENTS: Final = 2_000  # in one round trip while a data set is loaded
 _SCANNED_KEYS: Final = 1_000  # in one round trip
+_SCANNED_ROUNDS: Final = 50  # of a lookup in each place; a large store has more, and whoever asks can type on
 _SEED_LOCK_S: Final = 60
 _TOKEN_S: Final = 600  # how long a repeated append is known as such; clients of ours give up long before
 
@@ -170,13 +171,22 @@ class RedisEventStore:
             places = [self._key("live", ""), *([self._key("seed", generation, "")] if generation else [])]
             found: dict[str, None] = {}
             for place in places:
-                for key in self._server.scan_iter(_escaped(place + prefix) + "*", count=_SCANNED_KEYS):
+                for key in self._scan(_escaped(place + prefix) + "*"):
                     user_id = key.removeprefix(place)
                     if len(found) >= limit:
                         return list(found)
                     if place == places[0] or not self._server.sismember(self._key("erased"), user_hash(user_id)):
                         found[user_id] = None
         return list(found)
+
+    def _scan(self, pattern: str) -> Iterator[str]:
+        """SCAN looks at all keys of the server, whatever the pattern: so many of them, and no more."""
+        cursor = 0
+        for _ in range(_SCANNED_ROUNDS):
+            cursor, keys = self._server.scan(cursor, match=pattern, count=_SCANNED_KEYS)
+            yield from keys
+            if cursor == 0:
+                return
 
     def erase(self, user_id: str) -> int:
         keys = [self._key("live", user_id), self._key("ids", user_id), self._key("seed"), self._key("erased")]

@@ -33,6 +33,11 @@ class StagesConfig:
     remove_seen: bool | None = None  # none: as the bundle was trained and measured
     prior: PriorConfig = field(default_factory=PriorConfig)
 
+    @property
+    def own_scores(self) -> bool:
+        """Whether scores are what the network gives: nothing is added, no stage is somebody else's."""
+        return not self.classes and not self.prior.matters
+
     def __post_init__(self) -> None:
         for stage in self.classes:
             if stage not in STAGES:

@@ -45,9 +45,11 @@ class _Mean:
 class Watch:
     """Belongs to one event loop, but for `wrote`."""
 
-    def __init__(self, ledger: Ledger | None = None, sampling_s: float = SAMPLING_S) -> None:
-        """`ledger`: of the process; without one nobody reads what is written. `sampling_s`: between two of a role."""
+    def __init__(self, ledger: Ledger | None = None, sampling_s: float = SAMPLING_S, own_scores: bool = True) -> None:
+        """`ledger`: of the process; without one nobody reads what is written. `sampling_s`: between two of a role.
+        `own_scores`: those of answers are the network's; others are meant to be far from what it gave in training."""
         self.ledger = ledger or Ledger()
+        self._own_scores = own_scores
         self._sampling_s = sampling_s
         self._sampled_s: dict[Role, float] = {}
         self._tracked: dict[str, tuple[Catalogue, dict[str, Tracked]]] = {}
@@ -68,6 +70,8 @@ class Watch:
         for version in versions.keys() - self._tracked.keys():
             catalogue, known = versions[version]
             found = tracked(known, catalogue.count_I)
+            if not self._own_scores:
+                found.pop("scores", None)
             self._tracked[version] = catalogue, found
             for name, one in found.items():
                 self.ledger.level(series.DRIFT, one.index, name, version)
@@ -124,6 +128,10 @@ class Watch:
         if catalogue is not None:
             watched["events"].add(filter(None, map(catalogue.index, item_ids[:_EVENTS_SAMPLED])))
 
+    def late(self, took_ms: float) -> None:
+        """Events of one request were given up after so long."""
+        self.ledger.observe(series.EVENT_LAG_MS, took_ms)
+
     def wrote(self, took_ms: float) -> None:
         """One commit of the event store; from any thread."""
         self.ledger.observe(series.EVENT_WRITE_MS, took_ms)
@@ -150,6 +158,7 @@ class Watch:
         catalogue, watched = self._tracked.get(version, (None, {}))
         if catalogue is not None and "scores" in watched:
             watched["scores"].add(item.score for items in plain for item in items if item.score is not None)
+        if catalogue is not None and "items" in watched:
             watched["items"].add(filter(None, (catalogue.index(item.item_id) for items in plain for item in items)))
 
 

@@ -62,6 +62,7 @@ class Journal:
         self._steps.close()
         self._epochs.close()
         self._board.close()
+        self._observer.ended()
 
 
 def _note_start(folder: Path, resume_step: int, earlier: Sequence[Mapping[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 """What the journal of a run is told in, a ledger of metrics out. Only the first worker writes, as with the journal."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -24,6 +24,10 @@ class Observer(Protocol):
         """A checkpoint was written; in any thread."""
         ...
 
+    def ended(self) -> None:
+        """The group of workers does no more steps."""
+        ...
+
 
 class Nobody:
     """Observes nothing."""
@@ -34,27 +38,34 @@ class Nobody:
 
     def saved(self, seconds: float) -> None: ...
 
+    def ended(self) -> None: ...
+
 
 class Telemetry:
     """An observer that keeps the metrics of one run."""
 
-    def __init__(self, ledger: Ledger, run: str, starts: int) -> None:
-        """`starts`: how often a group of workers began before this one."""
+    def __init__(self, ledger: Ledger, run: str, starts: int, saved: float | None = None) -> None:
+        """`starts`: how often a group of workers began before this one. `saved`: when the newest checkpoint was
+        written, or without one the first group began, in seconds since the epoch; none: this is the first."""
         self._ledger, self._run = ledger, run
         self._last: Mapping[str, Any] | None = None  # step of this group
         self._before: Mapping[str, Any] | None = None  # last step of the group before
         self._resizes = 0
         self._pause_s: float | None = None
-        self._saved_s = time.monotonic()
+        self._saved = time.time() if saved is None else saved  # by the clock: another node may have written it
         self._took_s: float | None = None
-        level = ledger.level
-        level(series.TRAIN_STARTS, lambda: float(starts + 1), run)
-        level(series.TRAIN_LOSS, lambda: self._of_last("loss"), run)
-        level(series.TRAIN_WORKERS, lambda: self._of_last("workers"), run)
-        level(series.TRAIN_RESIZES, lambda: float(self._resizes), run)
-        level(series.TRAIN_RESIZE_S, lambda: self._pause_s, run)
-        level(series.CHECKPOINT_S, lambda: self._took_s, run)
-        level(series.CHECKPOINT_AGE_S, lambda: time.monotonic() - self._saved_s, run)
+        self._levels: dict[series.Series, Callable[[], float | None]] = {
+            series.TRAIN_STARTS: lambda: float(starts + 1),
+            series.TRAIN_LOSS: lambda: self._of_last("loss"),
+            series.TRAIN_WORKERS: lambda: self._of_last("workers"),
+            series.TRAIN_RESIZES: lambda: float(self._resizes),
+            series.TRAIN_RESIZE_S: lambda: self._pause_s,
+            series.CHECKPOINT_S: lambda: self._took_s,
+            series.CHECKPOINT_AGE_S: lambda: max(0.0, time.time() - self._saved),
+        }
+        for one, read in self._levels.items():
+            ledger.level(one, read, run)
+        ledger.add(series.TRAIN_TOKENS, 0, run)  # a run that never comes to its first step stalls, too
 
     def began(self, earlier: Sequence[Mapping[str, Any]]) -> None:
         self._resizes = sum(one["workers"] != other["workers"] for one, other in pairwise(earlier))
@@ -72,7 +83,11 @@ class Telemetry:
         self._last = line
 
     def saved(self, seconds: float) -> None:
-        self._saved_s, self._took_s = time.monotonic(), seconds
+        self._saved, self._took_s = time.time(), seconds
+
+    def ended(self) -> None:
+        for one in self._levels:
+            self._ledger.forget(one, self._run)
 
     def _of_last(self, key: str) -> float | None:
         return None if self._last is None else float(self._last[key])

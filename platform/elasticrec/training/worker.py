@@ -1,6 +1,6 @@
 """One Ray Train worker: the run as a mapping in, the training loop attached to Ray out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from elasticrec.monitoring.instruments import export
 from elasticrec.monitoring.ledger import Ledger
 from elasticrec.training import journal, notice
 from elasticrec.training.allocator import keep_freed_memory
+from elasticrec.training.checkpoint import STATE
 from elasticrec.training.host import LocalHost, Preempted, gather
 from elasticrec.training.loop import Loop
 from elasticrec.training.run import RunConfig
@@ -73,7 +74,15 @@ def train_worker(config: dict[str, Any]) -> str | None:
 def _telemetry(run: RunConfig) -> Telemetry:
     ledger = Ledger()
     export(ledger, ray.util.metrics)
-    return Telemetry(ledger, run.name, starts=len(journal.read(run.folder / journal.STARTS)))
+    starts = journal.read(run.folder / journal.STARTS)
+    return Telemetry(ledger, run.name, starts=len(starts), saved=_saved(LocalHost(run.folder), starts))
+
+
+def _saved(host: LocalHost, starts: Sequence[Mapping[str, Any]]) -> float | None:
+    """When the newest checkpoint was written, or the run first began; none where neither has been."""
+    written = (folder / STATE for folder in host.checkpoints())
+    began = starts[0]["time"] if starts else None
+    return next((file.stat().st_mtime for file in written if file.exists()), began)
 
 
 def _build(run: RunConfig) -> Loop | ElasticRecError:

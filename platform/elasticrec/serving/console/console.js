@@ -3,7 +3,7 @@
 
 const HEALTH_MS = 5_000, DEBOUNCE_MS = 180, SHOWN_HISTORY = 50, SHOWN = 10, KEPT_TRIPS = 40;
 const at = (id) => document.getElementById(id);
-const state = { user: null, items: [], trips: [], asked: 0, searched: 0, operator: true };
+const state = { user: null, items: [], trips: [], asked: 0, searched: 0, operator: true, lookup: new AbortController() };
 
 // --- the service
 
@@ -19,12 +19,12 @@ function keyFor(path) {
   return admin ?? sessionStorage.getItem("elasticrec.key");
 }
 
-async function call(path, body) {
+async function call(path, body, signal) {
   const headers = {}, key = keyFor(path);
   if (key) headers.authorization = `Bearer ${key}`;
   if (body) headers["content-type"] = "application/json";
   if (path === "v1/admin/versions") headers["x-request-timeout-ms"] = "60000";
-  const answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body) });
+  const answer = await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) });
   const content = await answer.json().catch(() => ({}));
   if (answer.ok) return content;
   const admin = path.startsWith("v1/admin/");
@@ -162,11 +162,14 @@ function moveBy(list, event, above) {
 
 async function findUsers(prefix) {
   if (!state.operator) return; // every refused try would be a line of the audit
+  state.lookup.abort(); // the service asks its store for one at a time
+  const { signal } = (state.lookup = new AbortController());
   try {
-    const { user_ids: found } = await call(`v1/admin/users?limit=12&prefix=${encodeURIComponent(prefix)}`);
+    const { user_ids: found } = await call(`v1/admin/users?limit=12&prefix=${encodeURIComponent(prefix)}`, undefined, signal);
     at("users").replaceChildren(...found.map((user) => make("option", { value: user })));
     if (!prefix) drawPicks(found.slice(0, 8));
-  } catch {
+  } catch (error) {
+    if (error.name === "AbortError" || error.status === 429) return; // a newer lookup has taken its place
     state.operator = false; // ids are typed, then
     at("admin-form").hidden = false;
   }
@@ -298,11 +301,17 @@ async function move() {
   at("move").disabled = true;
   at("moved").textContent = `${what}: every replica loads and checks it …`;
   const done = await attempt(async () => {
-    at("moved").textContent = (await call("v1/admin/versions", wish)).told;
+    at("moved").textContent = (await call("v1/admin/versions", wish).catch(goesOn)).told;
   });
   if (!done) at("moved").textContent = `refused: ${at("problem").textContent}`;
   at("move").disabled = false;
   await findVersions();
+}
+
+// A move outlives its request.
+function goesOn(error) {
+  if (error.status !== 504) throw error;
+  return { told: "it takes longer than a request may, and goes on; look at the labels again in a minute" };
 }
 
 function drawMove() {
