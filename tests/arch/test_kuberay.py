@@ -153,6 +153,8 @@ def _selectors(document: Document, every_pod: list[Pod]) -> Iterator[str]:
     matched = [pod for pod in every_pod if wanted.items() <= pod.labels.items()]
     if not matched:
         yield f"{where}: selects no pod"
+    if document["kind"] == "PodDisruptionBudget" and not isinstance(spec.get("minAvailable"), int):
+        yield f"{where}: pods of Ray have no scale, of which Kubernetes counts minAvailable alone, as a number"
     for port in spec.get("ports", []):
         names = {port_of["name"] for pod in matched for box in pod.containers for port_of in box.get("ports", [])}
         if port.get("targetPort") not in names:
@@ -243,22 +245,25 @@ def _inside(document: Document) -> Iterator[str]:
     where = f"{document['kind']} {name}"
     if spec.get("rayVersion") != ray.__version__:
         yield f"{where}: rayVersion {spec.get('rayVersion')}, the image has {ray.__version__}"
-    yield from _groups(where, spec)
+    try:
+        types = _node_types(spec)
+    except Exception as error:  # noqa: BLE001 - whatever Ray's autoscaler says of it
+        yield f"{where}: Ray's autoscaler refuses it: {error!r}"
+        return
+    yield from _groups(where, spec, types)
     if document["kind"] == "RayJob":
-        yield from _entrypoint(where, document["spec"]["entrypoint"])
+        yield from _entrypoint(where, document["spec"]["entrypoint"], types)
     if document["kind"] == "RayService":
         yield from _serve_config(where, document["spec"]["serveConfigV2"])
     yield from _secrets(where, {"env": spec.get("autoscalerOptions", {}).get("env", [])}, {})
 
 
-def _groups(where: str, spec: Document) -> Iterator[str]:
-    try:
-        types = _derive_autoscaling_config_from_ray_cr(
-            {"metadata": {"name": "checked", "namespace": "elasticrec"}, "spec": copy.deepcopy(spec)}
-        )["available_node_types"]
-    except Exception as error:  # noqa: BLE001 - whatever Ray's autoscaler says of it
-        yield f"{where}: Ray's autoscaler refuses it: {error!r}"
-        return
+def _node_types(spec: Document) -> Document:
+    cluster = {"metadata": {"name": "checked", "namespace": "elasticrec"}, "spec": copy.deepcopy(spec)}
+    return dict(_derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"])
+
+
+def _groups(where: str, spec: Document, types: Document) -> Iterator[str]:
     if types["headgroup"]["resources"]["CPU"] != 0:
         yield f"{where}: work may be placed on the head"
     for group in spec.get("workerGroupSpecs", []):
@@ -269,12 +274,18 @@ def _groups(where: str, spec: Document) -> Iterator[str]:
             yield f"{where}, {group['groupName']}: train_slot is for training alone"
 
 
-def _entrypoint(where: str, entrypoint: str) -> Iterator[str]:
+def _entrypoint(where: str, entrypoint: str, types: Document) -> Iterator[str]:
     words = [word.replace("/opt/elasticrec", str(ROOT)) for word in entrypoint.split()]
     try:
-        parsed(job_command(words))
+        config = parsed(job_command(words))
     except ValueError as error:
         yield f"{where}: {error}"
+        return
+    for name, kind in types.items():
+        offered, slots = (kind["resources"].get(key, 0) for key in ("GPU", "train_slot"))
+        taken = slots * config.elastic.gpus_per_worker
+        if slots and offered != taken:
+            yield f"{where}, {name}: its pods have {offered} GPUs, and the entrypoint's workers take {taken:g}"
 
 
 def _serve_config(where: str, text: str) -> Iterator[str]:
@@ -315,7 +326,7 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
 
 def test_manifests_hold_together(secrets: dict[str, set[str]]) -> None:
     assert secrets == {"elasticrec-redis": {"password"}, "elasticrec-keys": {"keys.json"}}
-    assert [document["kind"] for document in documents()][:3] == ["RayCluster", "RayJob", "RayService"]
+    assert [one["kind"] for one in documents() if one["kind"] in CLUSTER_AT] == ["RayCluster", "RayJob", "RayService"]
     assert findings(documents(), secrets) == []
 
 
@@ -338,6 +349,16 @@ def test_all_of_ray_runs_from_one_image_and_none_is_whatever_is_newest() -> None
         "registry.example.org/elasticrec:0.1.0"
     }
     assert all(re.search(r":\d+\.\d+\.\d+$", image) for image in images.values())
+
+
+def test_a_job_keeps_the_head_that_its_driver_runs_on() -> None:
+    job = next(one for one in documents() if one["kind"] == "RayJob")
+    head = next(pods(job))
+    budgets = [one["spec"] for one in documents() if one["kind"] == "PodDisruptionBudget"]
+    kept = [one for one in budgets if one["selector"]["matchLabels"].items() <= head.labels.items()]
+    assert [one["minAvailable"] for one in kept] == [1]
+    others = [pod for one in documents() for pod in pods(one) if pod.where != head.where]
+    assert not [pod for pod in others if kept[0]["selector"]["matchLabels"].items() <= pod.labels.items()]
 
 
 def _at(kind: str, *path: str | int) -> Callable[[list[Document]], tuple[Any, str | int]]:
@@ -388,6 +409,12 @@ SERVE_BOX = ("spec", "rayClusterConfig", "workerGroupSpecs", 0, "template", "spe
         (_at("RayCluster", "metadata", "labels"), {}, "no label app.kubernetes.io/part-of"),
         (_at("RayJob", "spec", "entrypoint"), "python -m jobs.trian", "no job: python -m jobs.trian"),
         (_at("RayJob", "spec", "entrypoint"), "python -m jobs.train --elastic.max-worker 8", "elastic.max-worker"),
+        (_at("RayJob", "spec", "entrypoint"), "python -m jobs.train", "have 1 GPUs, and the entrypoint's workers take 0"),
+        (
+            _at("RayJob", "spec", "rayClusterSpec", "workerGroupSpecs", 1, "template", "spec", "containers"),
+            [{"name": "ray-worker", "resources": {"limits": {"cpu": "4", "memory": "8Gi"}}}],
+            "spot: its pods have 0 GPUs, and the entrypoint's workers take 1",
+        ),
         (_at("RayJob", "spec", "submissionMode"), "HTTP", "'HTTP' is not one of"),
         (_at("RayService", "spec", "serveConfigV2"), "applications: [{name: a, importpath: b}]", "import_path"),
         (_at("RayService", *SERVE_BOX, "readinessProbe", "httpGet", "port"), 8001, "asks port 8001"),
@@ -400,6 +427,7 @@ SERVE_BOX = ("spec", "rayClusterConfig", "workerGroupSpecs", 0, "template", "spe
         (_at("Service", "spec", "selector"), {"app.kubernetes.io/component": "reddis"}, "selects no pod"),
         (_at("Service", "spec", "ports", 0, "targetPort"), "reddis", "no container has the port reddis"),
         (_at("PodDisruptionBudget", "spec", "selector", "matchLabels"), {"app": "x"}, "selects no pod"),
+        (_at("PodDisruptionBudget", "spec", "minAvailable"), "50%", "counts minAvailable alone"),
         (_at("PodDisruptionBudget", "spec", "minAvailabel"), 1, "'minAvailabel' was unexpected"),
         (
             _at(
