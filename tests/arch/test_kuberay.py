@@ -36,7 +36,20 @@ SCHEMA = json.loads(Path(__file__).with_name("kuberay_schema.json").read_text(en
 CLUSTER_AT = {"RayCluster": "", "RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 SECRET_NAME = re.compile(r"PASSWORD|TOKEN|SECRET|KEY$")
-UNITS = {"m": 1e-3, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+UNITS = {
+    "m": 1e-3,
+    "": 1,
+    "k": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "mb": 2**20,
+    "gb": 2**30,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+}
+REDIS_SHARE = 0.5  # of its limit: a rewrite of the log copies what is written meanwhile
 MARGIN_S = 30  # between the end of the drain and the kill
 Document = dict[str, Any]
 
@@ -101,8 +114,8 @@ def findings(all_of_them: list[Document], secrets: Mapping[str, set[str]]) -> li
         found += [*_pod_schema(pod), *_volumes(pod, secrets, claims)]
         for container in pod.containers:
             found += [*_ports(pod, container), *_resources(pod, container), *_secrets(pod.where, container, secrets)]
-            found += _hardened(pod, container)
-    return found
+            found += [*_hardened(pod, container), *_redis(pod, container)]
+    return [*found, *_addresses(all_of_them)]
 
 
 def _schema(document: Document) -> Iterator[str]:
@@ -229,6 +242,30 @@ def _hardened(pod: Pod, container: Document) -> Iterator[str]:
         yield from _drains(where, pod, container)
 
 
+def _redis(pod: Pod, container: Document) -> Iterator[str]:
+    if container["name"] != "redis":
+        return
+    options = dict(zip(container["args"][::2], container["args"][1::2], strict=True))
+    limit = quantity(container["resources"]["limits"]["memory"])
+    if not 0 < quantity(options.get("--maxmemory", "0")) <= REDIS_SHARE * limit:
+        yield f"{pod.where}: maxmemory is none, or more than half of its limit"
+    if options.get("--maxmemory-policy") != "noeviction":
+        yield f"{pod.where}: what is acknowledged may be evicted"
+    if "redis-cli ping | grep -q PONG" not in container["readinessProbe"]["exec"]["command"]:
+        yield f"{pod.where}: is ready whatever Redis answers"
+
+
+def _addresses(all_of_them: list[Document]) -> Iterator[str]:
+    """Of Redis: each is a service of here, and events are not where the head's state is."""
+    specs = [spec for document in all_of_them if (spec := ray_spec(document))]
+    heads = {spec.get("gcsFaultToleranceOptions", {}).get("redisAddress", "").split(":")[0] for spec in specs}
+    configs = [one["spec"]["serveConfigV2"] for one in all_of_them if one["kind"] == "RayService"]
+    events = {host for text in configs for host in re.findall(r"events: redis://([\w.-]+)", text)}
+    services = {one["metadata"]["name"] for one in all_of_them if one["kind"] == "Service"}
+    yield from (f"no service {host} for Redis" for host in (heads | events) - services)
+    yield from (f"{host} holds both events and the head's state" for host in heads & events)
+
+
 def _drains(where: str, pod: Pod, container: Document) -> Iterator[str]:
     command = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
     if "/opt/elasticrec/deploy/drain.py" not in command:
@@ -307,8 +344,16 @@ def _serve_config(where: str, text: str) -> Iterator[str]:
 def secrets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """Secrets and their keys, as secrets.sh makes them: run, with a kubectl that writes down what it is asked."""
     folder = tmp_path_factory.mktemp("secrets")
-    kubectl, asked, drawn, keys = (folder / name for name in ("kubectl", "asked", "drawn", "keys.json"))
-    answers = f'case "$*" in *" get "*|get*) exit 1;; */dev/stdin) cat >{drawn};; esac'
+    kubectl, asked, drawn, applied, keys = (
+        folder / name for name in ("kubectl", "asked", "drawn", "applied", "keys.json")
+    )
+    cases = (
+        '*" get "*|get*) exit 1',
+        f"*/dev/stdin) cat >{drawn}",
+        "*--dry-run=client*) echo a secret",
+        f'*"apply -f -") cat >{applied}',
+    )
+    answers = f'case "$*" in {";; ".join(cases)};; esac'
     kubectl.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>{asked}\n{answers}\n')
     kubectl.chmod(0o755)
     keys.write_text("{}")
@@ -321,6 +366,8 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             assert match[3] in (str(keys), "/dev/stdin")  # no value on a command line
     assert re.fullmatch(r"[0-9a-f]{64}", drawn.read_text())
     assert "create namespace elasticrec" in asked.read_text()
+    assert applied.read_text() == "a secret\n"
+    assert "delete" not in asked.read_text()  # a pod that starts meanwhile would find none
     return made
 
 
@@ -374,6 +421,7 @@ def _at(kind: str, *path: str | int) -> Callable[[list[Document]], tuple[Any, st
 HEAD = ("spec", "headGroupSpec", "template", "spec")
 WORKER = ("spec", "workerGroupSpecs", 0, "template", "spec")
 BOX = (*WORKER, "containers", 0)
+REDIS = ("spec", "template", "spec", "containers", 0)
 SERVE_BOX = ("spec", "rayClusterConfig", "workerGroupSpecs", 0, "template", "spec", "containers", 0)
 
 
@@ -409,7 +457,11 @@ SERVE_BOX = ("spec", "rayClusterConfig", "workerGroupSpecs", 0, "template", "spe
         (_at("RayCluster", "metadata", "labels"), {}, "no label app.kubernetes.io/part-of"),
         (_at("RayJob", "spec", "entrypoint"), "python -m jobs.trian", "no job: python -m jobs.trian"),
         (_at("RayJob", "spec", "entrypoint"), "python -m jobs.train --elastic.max-worker 8", "elastic.max-worker"),
-        (_at("RayJob", "spec", "entrypoint"), "python -m jobs.train", "have 1 GPUs, and the entrypoint's workers take 0"),
+        (
+            _at("RayJob", "spec", "entrypoint"),
+            "python -m jobs.train",
+            "have 1 GPUs, and the entrypoint's workers take 0",
+        ),
         (
             _at("RayJob", "spec", "rayClusterSpec", "workerGroupSpecs", 1, "template", "spec", "containers"),
             [{"name": "ray-worker", "resources": {"limits": {"cpu": "4", "memory": "8Gi"}}}],
@@ -423,6 +475,19 @@ SERVE_BOX = ("spec", "rayClusterConfig", "workerGroupSpecs", 0, "template", "spe
             "elasticrec-key",
             "no secret elasticrec-key",
         ),
+        (
+            _at("RayCluster", "spec", "gcsFaultToleranceOptions", "redisAddress"),
+            "elasticrec-redis:6379",
+            "both events and the head's state",
+        ),
+        (_at("RayCluster", "spec", "gcsFaultToleranceOptions", "redisAddress"), "reddis:6379", "no service reddis"),
+        (_at("StatefulSet", *REDIS, "args", 9), "2gb", "maxmemory is none, or more than half"),
+        (_at("StatefulSet", *REDIS, "args", 11), "allkeys-lru", "what is acknowledged may be evicted"),
+        (
+            _at("StatefulSet", *REDIS, "readinessProbe", "exec", "command"),
+            ["redis-cli", "ping"],
+            "whatever Redis answers",
+        ),
         (_at("StatefulSet", "spec", "replica"), 1, "'replica' was unexpected"),
         (_at("Service", "spec", "selector"), {"app.kubernetes.io/component": "reddis"}, "selects no pod"),
         (_at("Service", "spec", "ports", 0, "targetPort"), "reddis", "no container has the port reddis"),
@@ -430,9 +495,7 @@ SERVE_BOX = ("spec", "rayClusterConfig", "workerGroupSpecs", 0, "template", "spe
         (_at("PodDisruptionBudget", "spec", "minAvailable"), "50%", "counts minAvailable alone"),
         (_at("PodDisruptionBudget", "spec", "minAvailabel"), 1, "'minAvailabel' was unexpected"),
         (
-            _at(
-                "StatefulSet", "spec", "template", "spec", "containers", 0, "env", 0, "valueFrom", "secretKeyRef", "key"
-            ),
+            _at("StatefulSet", *REDIS, "env", 0, "valueFrom", "secretKeyRef", "key"),
             "pass",
             "no secret elasticrec-redis with a pass",
         ),
@@ -455,7 +518,7 @@ def test_each_mistake_is_found(
     [
         ("keys: /etc", "key: /etc", "Extra inputs are not permitted"),
         ("keys: /etc/elasticrec/keys/keys.json\n", "\n", "answers everybody"),
-        ("events: redis://elasticrec-redis:6379/1", "events: events.sqlite", "need redis"),
+        ("events: redis://elasticrec-redis:6379/0", "events: events.sqlite", "need redis"),
         ("replicas: 2\n", "replicas: none\n", "valid integer"),
         ("serving.graph:app", "serving.graph:application", "import path elasticrec.serving.graph:application"),
         ("port: 8000 }", "port: eight }", "valid integer"),
