@@ -291,7 +291,7 @@ def _inside(document: Document) -> Iterator[str]:
     if document["kind"] == "RayJob":
         yield from _entrypoint(where, document["spec"]["entrypoint"], types)
     if document["kind"] == "RayService":
-        yield from _serve_config(where, document["spec"]["serveConfigV2"])
+        yield from _serve_config(where, document["spec"]["serveConfigV2"], types)
     yield from _secrets(where, {"env": spec.get("autoscalerOptions", {}).get("env", [])}, {})
 
 
@@ -325,7 +325,7 @@ def _entrypoint(where: str, entrypoint: str, types: Document) -> Iterator[str]:
             yield f"{where}, {name}: its pods have {offered} GPUs, and the entrypoint's workers take {taken:g}"
 
 
-def _serve_config(where: str, text: str) -> Iterator[str]:
+def _serve_config(where: str, text: str, types: Document) -> Iterator[str]:
     try:
         config = ServeDeploySchema.model_validate(yaml.safe_load(text))
         for application in config.applications:
@@ -336,6 +336,10 @@ def _serve_config(where: str, text: str) -> Iterator[str]:
                 yield f"{where}: answers everybody"
             if not args.events.startswith("redis"):
                 yield f"{where}: events of several pods need redis"
+            wanted = args.label_selector.items()
+            taken = [kind["resources"] for kind in types.values() if wanted <= kind["labels"].items()]
+            if not wanted or not taken or any("train_slot" in resources for resources in taken):
+                yield f"{where}: label_selector {args.label_selector} is not that of nodes without train_slot"
     except ValidationError as error:
         yield f"{where}: {error}"
 
@@ -520,6 +524,8 @@ def test_each_mistake_is_found(
         ("keys: /etc/elasticrec/keys/keys.json\n", "\n", "answers everybody"),
         ("events: redis://elasticrec-redis:6379/0", "events: events.sqlite", "need redis"),
         ("replicas: 2\n", "replicas: none\n", "valid integer"),
+        ("label_selector: { kind: gateway }", "label_selector: {}", "is not that of nodes without train_slot"),
+        ("label_selector: { kind: gateway }", "label_selector: { kind: gatewya }", "is not that of nodes without"),
         ("serving.graph:app", "serving.graph:application", "import path elasticrec.serving.graph:application"),
         ("port: 8000 }", "port: eight }", "valid integer"),
         ("proxy_location: EveryNode", "proxy_location: EveryNodes", "EveryNode"),
