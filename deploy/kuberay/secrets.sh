@@ -15,5 +15,6 @@ if ! "$kubectl" -n elasticrec get secret elasticrec-redis >/dev/null 2>&1; then
     head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' |
         "$kubectl" -n elasticrec create secret generic elasticrec-redis --from-file=password=/dev/stdin
 fi
-"$kubectl" -n elasticrec delete secret elasticrec-keys --ignore-not-found
-"$kubectl" -n elasticrec create secret generic elasticrec-keys --from-file=keys.json="$keys"
+# At no time is there none: pods that start meanwhile mount it.
+"$kubectl" -n elasticrec create secret generic elasticrec-keys --from-file=keys.json="$keys" --dry-run=client -o yaml |
+    "$kubectl" -n elasticrec apply -f -

@@ -36,7 +36,20 @@ SCHEMA = json.loads(Path(__file__).with_name("kuberay_schema.json").read_text(en
 CLUSTER_AT = {"RayCluster": "", "RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 SECRET_NAME = re.compile(r"PASSWORD|TOKEN|SECRET|KEY$")
-UNITS = {"m": 1e-3, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+UNITS = {
+    "m": 1e-3,
+    "": 1,
+    "k": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "mb": 2**20,
+    "gb": 2**30,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+}
+REDIS_SHARE = 0.5  # of its limit: a rewrite of the log copies what is written meanwhile
 MARGIN_S = 30  # between the end of the drain and the kill
 Document = dict[str, Any]
 
@@ -101,8 +114,8 @@ def findings(all_of_them: list[Document], secrets: Mapping[str, set[str]]) -> li
         found += [*_pod_schema(pod), *_volumes(pod, secrets, claims)]
         for container in pod.containers:
             found += [*_ports(pod, container), *_resources(pod, container), *_secrets(pod.where, container, secrets)]
-            found += _hardened(pod, container)
-    return found
+            found += [*_hardened(pod, container), *_redis(pod, container)]
+    return [*found, *_addresses(all_of_them)]
 
 
 def _schema(document: Document) -> Iterator[str]:
@@ -153,6 +166,8 @@ def _selectors(document: Document, every_pod: list[Pod]) -> Iterator[str]:
     matched = [pod for pod in every_pod if wanted.items() <= pod.labels.items()]
     if not matched:
         yield f"{where}: selects no pod"
+    if document["kind"] == "PodDisruptionBudget" and not isinstance(spec.get("minAvailable"), int):
+        yield f"{where}: pods of Ray have no scale, of which Kubernetes counts minAvailable alone, as a number"
     for port in spec.get("ports", []):
         names = {port_of["name"] for pod in matched for box in pod.containers for port_of in box.get("ports", [])}
         if port.get("targetPort") not in names:
@@ -227,6 +242,30 @@ def _hardened(pod: Pod, container: Document) -> Iterator[str]:
         yield from _drains(where, pod, container)
 
 
+def _redis(pod: Pod, container: Document) -> Iterator[str]:
+    if container["name"] != "redis":
+        return
+    options = dict(zip(container["args"][::2], container["args"][1::2], strict=True))
+    limit = quantity(container["resources"]["limits"]["memory"])
+    if not 0 < quantity(options.get("--maxmemory", "0")) <= REDIS_SHARE * limit:
+        yield f"{pod.where}: maxmemory is none, or more than half of its limit"
+    if options.get("--maxmemory-policy") != "noeviction":
+        yield f"{pod.where}: what is acknowledged may be evicted"
+    if "redis-cli ping | grep -q PONG" not in container["readinessProbe"]["exec"]["command"]:
+        yield f"{pod.where}: is ready whatever Redis answers"
+
+
+def _addresses(all_of_them: list[Document]) -> Iterator[str]:
+    """Of Redis: each is a service of here, and events are not where the head's state is."""
+    specs = [spec for document in all_of_them if (spec := ray_spec(document))]
+    heads = {spec.get("gcsFaultToleranceOptions", {}).get("redisAddress", "").split(":")[0] for spec in specs}
+    configs = [one["spec"]["serveConfigV2"] for one in all_of_them if one["kind"] == "RayService"]
+    events = {host for text in configs for host in re.findall(r"events: redis://([\w.-]+)", text)}
+    services = {one["metadata"]["name"] for one in all_of_them if one["kind"] == "Service"}
+    yield from (f"no service {host} for Redis" for host in (heads | events) - services)
+    yield from (f"{host} holds both events and the head's state" for host in heads & events)
+
+
 def _drains(where: str, pod: Pod, container: Document) -> Iterator[str]:
     command = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
     if "/opt/elasticrec/deploy/drain.py" not in command:
@@ -243,22 +282,25 @@ def _inside(document: Document) -> Iterator[str]:
     where = f"{document['kind']} {name}"
     if spec.get("rayVersion") != ray.__version__:
         yield f"{where}: rayVersion {spec.get('rayVersion')}, the image has {ray.__version__}"
-    yield from _groups(where, spec)
-    if document["kind"] == "RayJob":
-        yield from _entrypoint(where, document["spec"]["entrypoint"])
-    if document["kind"] == "RayService":
-        yield from _serve_config(where, document["spec"]["serveConfigV2"])
-    yield from _secrets(where, {"env": spec.get("autoscalerOptions", {}).get("env", [])}, {})
-
-
-def _groups(where: str, spec: Document) -> Iterator[str]:
     try:
-        types = _derive_autoscaling_config_from_ray_cr(
-            {"metadata": {"name": "checked", "namespace": "elasticrec"}, "spec": copy.deepcopy(spec)}
-        )["available_node_types"]
+        types = _node_types(spec)
     except Exception as error:  # noqa: BLE001 - whatever Ray's autoscaler says of it
         yield f"{where}: Ray's autoscaler refuses it: {error!r}"
         return
+    yield from _groups(where, spec, types)
+    if document["kind"] == "RayJob":
+        yield from _entrypoint(where, document["spec"]["entrypoint"], types)
+    if document["kind"] == "RayService":
+        yield from _serve_config(where, document["spec"]["serveConfigV2"], types)
+    yield from _secrets(where, {"env": spec.get("autoscalerOptions", {}).get("env", [])}, {})
+
+
+def _node_types(spec: Document) -> Document:
+    cluster = {"metadata": {"name": "checked", "namespace": "elasticrec"}, "spec": copy.deepcopy(spec)}
+    return dict(_derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"])
+
+
+def _groups(where: str, spec: Document, types: Document) -> Iterator[str]:
     if types["headgroup"]["resources"]["CPU"] != 0:
         yield f"{where}: work may be placed on the head"
     for group in spec.get("workerGroupSpecs", []):
@@ -269,15 +311,21 @@ def _groups(where: str, spec: Document) -> Iterator[str]:
             yield f"{where}, {group['groupName']}: train_slot is for training alone"
 
 
-def _entrypoint(where: str, entrypoint: str) -> Iterator[str]:
+def _entrypoint(where: str, entrypoint: str, types: Document) -> Iterator[str]:
     words = [word.replace("/opt/elasticrec", str(ROOT)) for word in entrypoint.split()]
     try:
-        parsed(job_command(words))
+        config = parsed(job_command(words))
     except ValueError as error:
         yield f"{where}: {error}"
+        return
+    for name, kind in types.items():
+        offered, slots = (kind["resources"].get(key, 0) for key in ("GPU", "train_slot"))
+        taken = slots * config.elastic.gpus_per_worker
+        if slots and offered != taken:
+            yield f"{where}, {name}: its pods have {offered} GPUs, and the entrypoint's workers take {taken:g}"
 
 
-def _serve_config(where: str, text: str) -> Iterator[str]:
+def _serve_config(where: str, text: str, types: Document) -> Iterator[str]:
     try:
         config = ServeDeploySchema.model_validate(yaml.safe_load(text))
         for application in config.applications:
@@ -288,6 +336,10 @@ def _serve_config(where: str, text: str) -> Iterator[str]:
                 yield f"{where}: answers everybody"
             if not args.events.startswith("redis"):
                 yield f"{where}: events of several pods need redis"
+            wanted = args.label_selector.items()
+            taken = [kind["resources"] for kind in types.values() if wanted <= kind["labels"].items()]
+            if not wanted or not taken or any("train_slot" in resources for resources in taken):
+                yield f"{where}: label_selector {args.label_selector} is not that of nodes without train_slot"
     except ValidationError as error:
         yield f"{where}: {error}"
 
@@ -296,8 +348,16 @@ def _serve_config(where: str, text: str) -> Iterator[str]:
 def secrets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """Secrets and their keys, as secrets.sh makes them: run, with a kubectl that writes down what it is asked."""
     folder = tmp_path_factory.mktemp("secrets")
-    kubectl, asked, drawn, keys = (folder / name for name in ("kubectl", "asked", "drawn", "keys.json"))
-    answers = f'case "$*" in *" get "*|get*) exit 1;; */dev/stdin) cat >{drawn};; esac'
+    kubectl, asked, drawn, applied, keys = (
+        folder / name for name in ("kubectl", "asked", "drawn", "applied", "keys.json")
+    )
+    cases = (
+        '*" get "*|get*) exit 1',
+        f"*/dev/stdin) cat >{drawn}",
+        "*--dry-run=client*) echo a secret",
+        f'*"apply -f -") cat >{applied}',
+    )
+    answers = f'case "$*" in {";; ".join(cases)};; esac'
     kubectl.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>{asked}\n{answers}\n')
     kubectl.chmod(0o755)
     keys.write_text("{}")
@@ -310,12 +370,14 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             assert match[3] in (str(keys), "/dev/stdin")  # no value on a command line
     assert re.fullmatch(r"[0-9a-f]{64}", drawn.read_text())
     assert "create namespace elasticrec" in asked.read_text()
+    assert applied.read_text() == "a secret\n"
+    assert "delete" not in asked.read_text()  # a pod that starts meanwhile would find none
     return made
 
 
 def test_manifests_hold_together(secrets: dict[str, set[str]]) -> None:
     assert secrets == {"elasticrec-redis": {"password"}, "elasticrec-keys": {"keys.json"}}
-    assert [document["kind"] for document in documents()][:3] == ["RayCluster", "RayJob", "RayService"]
+    assert [one["kind"] for one in documents() if one["kind"] in CLUSTER_AT] == ["RayCluster", "RayJob", "RayService"]
     assert findings(documents(), secrets) == []
 
 
@@ -340,6 +402,16 @@ def test_all_of_ray_runs_from_one_image_and_none_is_whatever_is_newest() -> None
     assert all(re.search(r":\d+\.\d+\.\d+$", image) for image in images.values())
 
 
+def test_a_job_keeps_the_head_that_its_driver_runs_on() -> None:
+    job = next(one for one in documents() if one["kind"] == "RayJob")
+    head = next(pods(job))
+    budgets = [one["spec"] for one in documents() if one["kind"] == "PodDisruptionBudget"]
+    kept = [one for one in budgets if one["selector"]["matchLabels"].items() <= head.labels.items()]
+    assert [one["minAvailable"] for one in kept] == [1]
+    others = [pod for one in documents() for pod in pods(one) if pod.where != head.where]
+    assert not [pod for pod in others if kept[0]["selector"]["matchLabels"].items() <= pod.labels.items()]
+
+
 def _at(kind: str, *path: str | int) -> Callable[[list[Document]], tuple[Any, str | int]]:
     def find(all_of_them: list[Document]) -> tuple[Any, str | int]:
         node: Any = next(one for one in all_of_them if one["kind"] == kind)
@@ -353,6 +425,7 @@ def _at(kind: str, *path: str | int) -> Callable[[list[Document]], tuple[Any, st
 HEAD = ("spec", "headGroupSpec", "template", "spec")
 WORKER = ("spec", "workerGroupSpecs", 0, "template", "spec")
 BOX = (*WORKER, "containers", 0)
+REDIS = ("spec", "template", "spec", "containers", 0)
 SERVE_BOX = ("spec", "rayClusterConfig", "workerGroupSpecs", 0, "template", "spec", "containers", 0)
 
 
@@ -388,6 +461,16 @@ SERVE_BOX = ("spec", "rayClusterConfig", "workerGroupSpecs", 0, "template", "spe
         (_at("RayCluster", "metadata", "labels"), {}, "no label app.kubernetes.io/part-of"),
         (_at("RayJob", "spec", "entrypoint"), "python -m jobs.trian", "no job: python -m jobs.trian"),
         (_at("RayJob", "spec", "entrypoint"), "python -m jobs.train --elastic.max-worker 8", "elastic.max-worker"),
+        (
+            _at("RayJob", "spec", "entrypoint"),
+            "python -m jobs.train",
+            "have 1 GPUs, and the entrypoint's workers take 0",
+        ),
+        (
+            _at("RayJob", "spec", "rayClusterSpec", "workerGroupSpecs", 1, "template", "spec", "containers"),
+            [{"name": "ray-worker", "resources": {"limits": {"cpu": "4", "memory": "8Gi"}}}],
+            "spot: its pods have 0 GPUs, and the entrypoint's workers take 1",
+        ),
         (_at("RayJob", "spec", "submissionMode"), "HTTP", "'HTTP' is not one of"),
         (_at("RayService", "spec", "serveConfigV2"), "applications: [{name: a, importpath: b}]", "import_path"),
         (_at("RayService", *SERVE_BOX, "readinessProbe", "httpGet", "port"), 8001, "asks port 8001"),
@@ -396,15 +479,27 @@ SERVE_BOX = ("spec", "rayClusterConfig", "workerGroupSpecs", 0, "template", "spe
             "elasticrec-key",
             "no secret elasticrec-key",
         ),
+        (
+            _at("RayCluster", "spec", "gcsFaultToleranceOptions", "redisAddress"),
+            "elasticrec-redis:6379",
+            "both events and the head's state",
+        ),
+        (_at("RayCluster", "spec", "gcsFaultToleranceOptions", "redisAddress"), "reddis:6379", "no service reddis"),
+        (_at("StatefulSet", *REDIS, "args", 9), "2gb", "maxmemory is none, or more than half"),
+        (_at("StatefulSet", *REDIS, "args", 11), "allkeys-lru", "what is acknowledged may be evicted"),
+        (
+            _at("StatefulSet", *REDIS, "readinessProbe", "exec", "command"),
+            ["redis-cli", "ping"],
+            "whatever Redis answers",
+        ),
         (_at("StatefulSet", "spec", "replica"), 1, "'replica' was unexpected"),
         (_at("Service", "spec", "selector"), {"app.kubernetes.io/component": "reddis"}, "selects no pod"),
         (_at("Service", "spec", "ports", 0, "targetPort"), "reddis", "no container has the port reddis"),
         (_at("PodDisruptionBudget", "spec", "selector", "matchLabels"), {"app": "x"}, "selects no pod"),
+        (_at("PodDisruptionBudget", "spec", "minAvailable"), "50%", "counts minAvailable alone"),
         (_at("PodDisruptionBudget", "spec", "minAvailabel"), 1, "'minAvailabel' was unexpected"),
         (
-            _at(
-                "StatefulSet", "spec", "template", "spec", "containers", 0, "env", 0, "valueFrom", "secretKeyRef", "key"
-            ),
+            _at("StatefulSet", *REDIS, "env", 0, "valueFrom", "secretKeyRef", "key"),
             "pass",
             "no secret elasticrec-redis with a pass",
         ),
@@ -427,8 +522,10 @@ def test_each_mistake_is_found(
     [
         ("keys: /etc", "key: /etc", "Extra inputs are not permitted"),
         ("keys: /etc/elasticrec/keys/keys.json\n", "\n", "answers everybody"),
-        ("events: redis://elasticrec-redis:6379/1", "events: events.sqlite", "need redis"),
+        ("events: redis://elasticrec-redis:6379/0", "events: events.sqlite", "need redis"),
         ("replicas: 2\n", "replicas: none\n", "valid integer"),
+        ("label_selector: { kind: gateway }", "label_selector: {}", "is not that of nodes without train_slot"),
+        ("label_selector: { kind: gateway }", "label_selector: { kind: gatewya }", "is not that of nodes without"),
         ("serving.graph:app", "serving.graph:application", "import path elasticrec.serving.graph:application"),
         ("port: 8000 }", "port: eight }", "valid integer"),
         ("proxy_location: EveryNode", "proxy_location: EveryNodes", "EveryNode"),

@@ -23,6 +23,7 @@ import pytest
 import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts import scripts
 from ray.util import get_node_ip_address
 
 from elasticrec.cli.local_cluster import CLUSTER_MARK, free_port, kill_marked, marked
@@ -175,25 +176,43 @@ def place() -> Iterator[Place]:
     assert marked(CLUSTER_MARK, mark) == []
 
 
-def test_start_commands_make_a_cluster_of_every_kind_of_node(place: Place) -> None:
-    (head,), (worker,) = (read("local")[key] for key in STARTS)
-    lister = place.folder / "nvidia-smi"  # as on a machine with two GPUs
+def recorded(folder: Path, command: str, **settings: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a start command asks of Ray, by its own parser, and the environment Ray would see; nothing is started."""
+    programs = folder / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    two_gpus(programs)
+    ray_itself = programs / "ray"
+    ray_itself.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\nenv -0 >&2\n")
+    ray_itself.chmod(0o755)
+    env = {"PATH": os.environ["PATH"], "HOME": str(folder), "ELASTICREC_HOME": str(folder)} | settings
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, check=True)
+    start, *words = done.stdout.split("\0")[:-1]
+    assert start == "start"
+    seen = dict(entry.split("=", 1) for entry in done.stderr.split("\0")[:-1])
+    return scripts.start.make_context("start", words).params, seen
+
+
+def two_gpus(folder: Path) -> None:
+    lister = folder / "nvidia-smi"
     lister.write_text("#!/bin/sh\nprintf 'GPU 0: H100\\nGPU 1: H100\\n'\n")
     lister.chmod(0o755)
-    cpus = f"{place.env['RAY_OPTIONS']} --num-cpus=1"
-    with contextlib.ExitStack() as machines:
-        machines.enter_context(place.start("head", head, RAY_OPTIONS=f"{place.env['RAY_OPTIONS']} {place.own}"))
-        nodes = place.wait(1)
-        for kind in ("gateway", "gpu", "spot"):  # one after the other: two cores are too few for three that start
-            machines.enter_context(place.start(kind, worker, NODE_KIND=kind, RAY_OPTIONS=cpus))
-            nodes = place.wait(len(nodes) + 1)
-        settings = raylet_environments(place.mark)
-    totals = {node["labels"].get("kind", "head"): node["resources_total"] for node in nodes}
-    offered = {kind: (total.get("CPU", 0), total.get("train_slot", 0)) for kind, total in totals.items()}
-    assert offered == {"head": (0, 0), "gateway": (1, 0), "gpu": (1, 2), "spot": (1, 1)}
-    assert len(settings) == 4
-    for setting in settings:
-        assert {name: setting.get(name) for name in SETTINGS} == SETTINGS
+
+
+@pytest.mark.parametrize(("kind", "slots"), [("gateway", 0), ("gpu", 2), ("spot", 1)])
+def test_each_kind_of_node_offers_its_train_slots(tmp_path: Path, kind: str, slots: int) -> None:
+    (worker,) = read("local")["worker_start_ray_commands"]
+    asked, seen = recorded(tmp_path, worker, NODE_KIND=kind, RAY_HEAD_IP="head.example.org")
+    assert asked["address"] == "head.example.org:6379"
+    assert json.loads(asked["resources"]) == {"train_slot": slots}
+    assert asked["labels"] == f"kind={kind}"
+    assert {name: seen.get(name) for name in SETTINGS} == SETTINGS
+
+
+def test_the_head_of_your_own_machines_offers_nothing(tmp_path: Path) -> None:
+    (head,) = read("local")["head_start_ray_commands"]
+    asked, seen = recorded(tmp_path, head)
+    assert (asked["head"], asked["port"], asked["num_cpus"], asked["num_gpus"]) == (True, 6379, 0, 0)
+    assert {name: seen.get(name) for name in SETTINGS} == SETTINGS
 
 
 def test_a_wrong_kind_of_node_is_refused(place: Place) -> None:
@@ -204,17 +223,26 @@ def test_a_wrong_kind_of_node_is_refused(place: Place) -> None:
     assert (done.returncode, done.stderr) == (2, "NODE_KIND is 'gpus'; it must be gateway, gpu or spot\n")
 
 
-def test_start_commands_of_aws_and_the_notice_of_a_spot_node(place: Place) -> None:
-    """Resources as Ray's updater gives them; the metadata service is one of ours, which speaks as AWS' does."""
+def test_start_commands_make_a_cluster_and_the_notice_of_a_spot_node_drains_it(place: Place) -> None:
+    """Of AWS, and a worker of the other file: start commands of both meet Ray here, on as few nodes as that takes.
+
+    Resources as Ray's updater gives them; the metadata service is one of ours, which speaks as AWS' does.
+    """
     (head,), (worker, watch) = (read("aws")[key] for key in STARTS)
+    (own_worker,) = read("local")["worker_start_ray_commands"]
     types = read("aws")["available_node_types"]
+    two_gpus(place.folder)
     with contextlib.ExitStack() as machines:
         metadata = machines.enter_context(metadata_service())
         head_options = {"RAY_OPTIONS": f"{place.env['RAY_OPTIONS']} {place.own}"}
         machines.enter_context(place.start("head", head, **override(types["head"]), **head_options))
         place.wait(1)
+        # One after the other: two cores are too few for two that start.
+        cpus = f"{place.env['RAY_OPTIONS']} --num-cpus=1"
+        machines.enter_context(place.start("gpu", own_worker, NODE_KIND="gpu", RAY_OPTIONS=cpus))
+        place.wait(2)
         machines.enter_context(place.start("spot", worker, **override(types["spot"])))
-        nodes = place.wait(2)
+        nodes = place.wait(3)
         settings = raylet_environments(place.mark)
         machines.enter_context(
             place.start("watch", f"{watch} wait", NOTICE_URL=f"http://127.0.0.1:{metadata.server_address[1]}")
@@ -222,10 +250,12 @@ def test_start_commands_of_aws_and_the_notice_of_a_spot_node(place: Place) -> No
         while metadata.asked < 2:  # twice there is no notice
             time.sleep(0.05)
         metadata.ends = datetime.now(UTC) + timedelta(seconds=60)
-        place.wait(1)
-    assert sorted(node["resources_total"].get("CPU", 0) for node in nodes) == [0, 8]
-    assert sorted(node["resources_total"].get("train_slot", 0) for node in nodes) == [0, 4]
-    assert {"spot"} == {node["labels"]["kind"] for node in nodes if "kind" in node["labels"]}
+        left = place.wait(2)
+    totals = {node["labels"].get("kind", "head"): node["resources_total"] for node in nodes}
+    offered = {kind: (total.get("CPU", 0), total.get("train_slot", 0)) for kind, total in totals.items()}
+    assert offered == {"head": (0, 0), "gpu": (1, 2), "spot": (8, 4)}
+    assert {node["labels"].get("kind", "head") for node in left} == {"head", "gpu"}
+    assert len(settings) == 3
     for setting in settings:
         assert {name: setting.get(name) for name in SETTINGS} == SETTINGS
     assert metadata.tokens == metadata.asked  # each question had a token of its own

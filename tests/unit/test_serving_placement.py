@@ -1,5 +1,6 @@
 """Where replicas that keep events may lie, without a cluster."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,3 +34,29 @@ def test_several_replicas_on_several_hosts_would_each_keep_events_of_their_own()
 )
 def test_replicas_that_share_a_host_share_its_file(nodes: list[dict[str, Any]], replicas: int) -> None:
     require_one_host(nodes, replicas, num_cpus=1)
+
+
+@pytest.mark.parametrize(("topology", "replicas"), [("fused", 1), ("split", 2)])
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")  # in Ray's own code
+def test_every_replica_asks_for_the_labels_of_the_argument(tmp_path: Path, topology: str, replicas: int) -> None:
+    placed = [options.get("label_selector") for options in actor_options(tmp_path, topology, '{"kind": "gateway"}')]
+    assert placed == [{"kind": "gateway"}] * replicas
+    assert [options.get("label_selector") for options in actor_options(tmp_path, topology, "")] == [None] * replicas
+
+
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")  # in Ray's own code
+def test_labels_that_ray_does_not_understand_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="label"):
+        actor_options(tmp_path, "fused", '{"kind": "in(gateway"}')
+
+
+def actor_options(folder: Path, topology: str, label_selector: str) -> list[dict[str, Any]]:
+    """What Ray is asked for each of the application's deployments, from arguments as `serve run` gives them."""
+    from ray.serve._private.build_app import build_app
+
+    from elasticrec.serving.graph import Args, app
+
+    (folder / "manifest.json").touch()  # as far as the builder looks
+    given = {"bundle": str(folder), "topology": topology, "label_selector": label_selector}
+    built = build_app(app(Args.model_validate(given)), name="checked")
+    return [deployment.ray_actor_options for deployment in built.deployments]

@@ -93,6 +93,9 @@ class Args(BaseModel):
     threads: int = Field(default=1, ge=1, le=256, description="threads of torch in each model replica")
     num_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a model replica")
     gateway_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a gateway (split only)")
+    label_selector: Annotated[dict[str, str], BeforeValidator(_parsed)] = Field(
+        default={}, description='labels of nodes that replicas may lie on, {"kind": "gateway"}; empty: any node'
+    )
     max_replicas: int | None = Field(default=None, ge=1, description="model replicas grow to so many with their load")
     min_replicas: int = Field(default=1, ge=0, description="and shrink to so many; 0: none while nobody asks")
     target_latency_ms: float = Field(default=100.0, gt=0, description="95th percentile above which replicas are added")
@@ -397,7 +400,8 @@ def _options(args: Args, replicas: int, num_cpus: float) -> dict[str, Any]:
         "num_replicas": replicas,
         "max_ongoing_requests": args.max_ongoing_requests,
         "max_surge_percent": 100,  # a replica's successor answers before it goes; it needs a free place
-        "ray_actor_options": {"num_cpus": num_cpus},
+        "ray_actor_options": {"num_cpus": num_cpus}
+        | ({"label_selector": args.label_selector} if args.label_selector else {}),
     }
 
 
