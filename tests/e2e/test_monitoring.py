@@ -243,20 +243,21 @@ def test_no_query_and_no_alert_is_empty(
     config = MonitorConfig(discovery=found, folder=tmp_path, port=free_port(), interval_s=1)
     with (
         prometheus(config) as url,
-        training(cluster, data),
         load(service),
         httpx.Client(base_url=url, timeout=10, trust_env=False) as client,
     ):
         watched, wanted = Watched(client), expressions()
-        deadline_s = time.monotonic() + PATIENCE_S
-        empty = set(wanted)
-        while (empty or "ElasticrecAvailabilityBurns" not in watched.firing()) and time.monotonic() < deadline_s:
-            time.sleep(1)
-            empty = {name for name in empty if not watched.values(wanted[name])}
-        assert {name: wanted[name] for name in empty} == {}
-        assert "ElasticrecAvailabilityBurns" in watched.firing()
-        assert "ElasticrecLatencyBurns" not in watched.firing()
-        assert_true_to_life(watched)
+        with training(cluster, data):
+            deadline_s = time.monotonic() + PATIENCE_S
+            empty = set(wanted)
+            while (empty or "ElasticrecAvailabilityBurns" not in watched.firing()) and time.monotonic() < deadline_s:
+                time.sleep(1)
+                empty = {name for name in empty if not watched.values(wanted[name])}
+            assert {name: wanted[name] for name in empty} == {}
+            assert "ElasticrecAvailabilityBurns" in watched.firing()
+            assert "ElasticrecLatencyBurns" not in watched.firing()
+            assert_true_to_life(watched)
+        assert_over(watched)
 
 
 def assert_true_to_life(watched: Watched) -> None:
@@ -270,3 +271,13 @@ def assert_true_to_life(watched: Watched) -> None:
     last = f"sum({series.REQUEST_MS.select('bucket', le='+Inf')})"
     assert watched.values(f"{counted} - {last}") == [pytest.approx(0, abs=1)]
     assert watched.values(f"min({series.TRAIN_STARTS.select(run='watched')})") == [2]
+
+
+def assert_over(watched: Watched) -> None:
+    """A run that has ended leaves its counters, and nothing that an alert looks at."""
+    looked_at = [rules.alert(name).value for name in ("ElasticrecTrainingStalls", "ElasticrecCheckpointOld")]
+    deadline_s = time.monotonic() + PATIENCE_S
+    while any(map(watched.values, looked_at)) and time.monotonic() < deadline_s:
+        time.sleep(1)
+    assert {value: watched.values(value) for value in looked_at} == {value: [] for value in looked_at}
+    assert watched.values(series.TRAIN_TOKENS.select(run="watched"))

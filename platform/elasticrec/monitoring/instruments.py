@@ -51,7 +51,7 @@ def _report_s() -> float:
     """How often Ray passes values on."""
     import ray
 
-    return max(1.0, ray._config.metrics_report_interval_ms() / 1e3)
+    return max(1.0, float(ray._config.metrics_report_interval_ms()) / 1e3)
 
 
 class Instruments:
