@@ -443,6 +443,11 @@ SERVE_BOX = ("spec", "rayClusterConfig", "workerGroupSpecs", 0, "template", "spe
             {"resources": "{}}"},
             "autoscaler refuses",
         ),
+        (
+            _at("RayCluster", "spec", "workerGroupSpecs", 0, "rayStartParams"),
+            {"labels": "kind=gateway"},
+            "False schema does not allow",
+        ),
         (_at("RayCluster", "spec", "workerGroupSpecs", 1, "rayStartParams"), {}, "train_slot is for training"),
         (_at("RayCluster", *HEAD, "containerz"), [], "'containerz' was unexpected"),
         (_at("RayCluster", *BOX, "livenessProbe", "httpGet", "port"), "agents", "asks port agents"),

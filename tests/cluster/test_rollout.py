@@ -112,7 +112,7 @@ def test_versions_move_under_load_and_bad_ones_are_refused(
     arguments = {
         "bundle": f"{root}#films@production", "topology": topology, "replicas": 2, "num_cpus": 0.5,
         "gateway_cpus": 0.5, "events": str(tmp_path / "events.sqlite"), "timeout_ms": 20_000,
-        "max_latency_ms": 2_000,
+        "max_latency_ms": 2_000, "label_selector": {"kind": "!spot"},
     }  # fmt: skip
     url = deploy(cluster, arguments)
     # The application may still drain replicas of the topology before; its answers are of this one now.
