@@ -24,6 +24,7 @@ from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
 
 N_ITEMS = 40
+PAUSE_S = 0.01  # between two requests of a connection: a load that leaves the cluster something of two cores
 
 
 @pytest.fixture
@@ -61,6 +62,7 @@ class Load:
         with httpx.Client(base_url=self.url, timeout=20, trust_env=False) as client:
             count = 0
             while not self._stop.is_set():
+                time.sleep(PAUSE_S)
                 body = {"user_id": f"user {number} {count % 50}", "history": ["i3", "i5"], "k": 3}
                 count += 1
                 try:
