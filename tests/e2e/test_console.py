@@ -293,10 +293,14 @@ def test_versions_move_with_an_admin_key_and_not_without(page: Page, served: Ser
 
 def test_an_earlier_lookup_is_given_up_and_a_later_one_is_shown(page: Page, served: Served) -> None:
     held: list[Route] = []
+
+    def hold(route: Route) -> None:  # the store is slow; Playwright takes no method of a list
+        held.append(route)
+
     page.evaluate(f"sessionStorage.setItem('elasticrec.admin', '{served.operator}')")
     page.reload()
     expect(page.locator("#users-known button").first).to_be_visible()
-    page.route(re.compile(r"admin/users.*prefix=user%201$"), held.append)  # the store takes its time
+    page.route(re.compile(r"admin/users.*prefix=user%201$"), hold)
     field = page.get_by_role("combobox", name="User id")
     with page.expect_request_finished(lambda request: request.url.endswith("prefix=user%2022")):
         with page.expect_event("requestfailed") as failed:
