@@ -87,14 +87,15 @@ class Connection(asyncio.Protocol):
         self._event: tuple[str, str] | None = None
         self._again = False
         self._began_s = 0.0
+        self._pause: asyncio.TimerHandle | None = None  # until the next request
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are none by their class
         self._buffer.clear()
-        if self._request is None:
-            self._next()
-        else:
+        if self._request is not None:
             self._transport.write(self._request)
+        elif self._pause is None:  # a server may close a connection that rests
+            self._next()
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -122,11 +123,12 @@ class Connection(asyncio.Protocol):
         self._buffer.clear()
         wait_s = self._began_s + load.plan.pace_s - now_s
         if wait_s > 0:
-            asyncio.get_running_loop().call_later(wait_s, self._next)
+            self._pause = asyncio.get_running_loop().call_later(wait_s, self._next)
         else:
             self._next()
 
     def _next(self) -> None:
+        self._pause = None
         if time.perf_counter() >= self._load.until_s:
             if self._transport is not None:
                 self._transport.close()

@@ -22,8 +22,9 @@ def load(port: int, **others: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def server(statuses: list[int | None]) -> Iterator[int]:
-    """Answers each request by the next status, the last one for ever; none ends the connection instead."""
+def server(statuses: list[int | None], *, hang_up: bool = False) -> Iterator[int]:
+    """Answers each request by the next status, the last one for ever; none ends the connection instead, `hang_up` each
+    connection after its answer."""
     listener = socket.create_server(("127.0.0.1", 0))
     lock = threading.Lock()
 
@@ -35,6 +36,8 @@ def server(statuses: list[int | None]) -> Iterator[int]:
                 if status is None:
                     return
                 connection.sendall(b"HTTP/1.1 %d X\r\nContent-Length: 2\r\n\r\n{}" % status)
+                if hang_up:
+                    return
 
     def accept() -> None:
         while True:
@@ -80,3 +83,11 @@ def test_a_pace_is_kept_and_events_are_told() -> None:
     assert 20 <= found["requests"] <= 51
     assert found["acknowledged"][:2] == [["load-0", "e0"], ["load-0", "e1"]]
     assert abs(len(found["acknowledged"]) - found["requests"] / 10) <= 1
+
+
+def test_a_connection_that_ends_while_it_rests_doubles_nothing() -> None:
+    """The next request waits for its turn all the same, and events keep their answers."""
+    with server([200], hang_up=True) as port:
+        found = load(port, connections=1, seconds=1.0, pace_s=0.05, writes=True)
+    assert 10 <= found["requests"] <= 21
+    assert len(found["acknowledged"]) == found["requests"] // 10

@@ -117,6 +117,18 @@ class RedisConfig:
         return int(given)
 
 
+def client_of(config: RedisConfig) -> Any:
+    """Waits out a restart of the server. Connects with its first command."""
+    return redis.Redis.from_url(
+        config.server_url,
+        password=config.password,
+        socket_timeout=config.timeout_s,
+        socket_connect_timeout=config.timeout_s,
+        retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), config.retries),
+        decode_responses=True,
+    )
+
+
 class RedisEventStore:
     """One Redis server (not a Redis Cluster, whose slots a script may not cross), shared by any number of nodes."""
 
@@ -129,14 +141,7 @@ class RedisEventStore:
         self.config = config
         self._wait_replicas = config.wait_replicas
         with self._telling():
-            self._server: Any = redis.Redis.from_url(
-                config.server_url,
-                password=config.password,
-                socket_timeout=config.timeout_s,
-                socket_connect_timeout=config.timeout_s,
-                retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), config.retries),
-                decode_responses=True,
-            )
+            self._server = client_of(config)
             self._append = self._server.register_script(_APPEND)
             self._read = self._server.register_script(_READ)
             self._erase = self._server.register_script(_ERASE)

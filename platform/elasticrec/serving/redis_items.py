@@ -11,12 +11,12 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Final
 
 import redis
 
 from elasticrec.serving.items import Change, ItemStoreError, StoredItem, stored
-from elasticrec.serving.redis_events import RedisConfig, write_and_wait
+from elasticrec.serving.redis_events import RedisConfig, client_of, write_and_wait
 
 _WRITE: Final = """
 local revision = redis.call('INCR', KEYS[1])
@@ -40,13 +40,7 @@ class RedisItemStore:
         self.config = config
         self._keys = [f"{config.prefix}:items:{part}" for part in ("revision", "documents", "changes")]
         with self._telling():
-            self._server: Any = redis.Redis.from_url(
-                config.server_url,
-                password=config.password,
-                socket_timeout=config.timeout_s,
-                socket_connect_timeout=config.timeout_s,
-                decode_responses=True,
-            )
+            self._server = client_of(config)
             self._server.ping()
             self._write_script = self._server.register_script(_WRITE)
             self._since_script = self._server.register_script(_SINCE)
