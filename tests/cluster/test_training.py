@@ -165,14 +165,14 @@ def assert_same_curve(training: Training, store: Store, tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_costs_no_sample(cluster: LocalCluster, data: Path, tmp_path: Path) -> None:
-    training = Training(run_config(data, tmp_path / "runs", "worker", epochs=120), cluster)
+    training = Training(run_config(data, tmp_path / "runs", "worker", epochs=240), cluster)
     training.wait_for(lambda: len(training.checkpoints()) > 0 and len(training.steps()) > 0)
     before = train_workers(cluster)
     assert len(before) == 2
-    rival = Training(training.run, cluster)
+    rival = Training(training.run, cluster)  # takes a while to start, and is refused
+    os.kill(min(before), signal.SIGKILL)
     assert rival.process.wait(60) == 2
     assert "is being trained by another process" in rival.log()
-    os.kill(min(before), signal.SIGKILL)
     training.wait_for(lambda: len(train_workers(cluster) - before) == 2)
     training.finish()
     assert_every_sample_once(training, open_store(data))
