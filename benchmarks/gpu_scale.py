@@ -88,7 +88,7 @@ def epochs(device: str, folder: Path, quick: bool) -> tuple[list[dict[str, Any]]
     rows = []
     for n_items in (3_706, 27_000):
         size = replace(TINY if quick else FULL, n_items=n_items, length=96, spread=1.0)
-        n_users, n_epochs = (300, 3) if quick else (USERS, EPOCHS)
+        n_users, n_epochs = (300, 10) if quick else (USERS, EPOCHS)
         store = make_store(folder / str(n_items), size, n_users)
         run = replace(run_config(best_on(device), size, folder / f"runs-{n_items}", dropout=0.2), epochs=n_epochs)
         steps = n_epochs * -(-n_users // size.batch_users)
@@ -108,18 +108,21 @@ def epochs(device: str, folder: Path, quick: bool) -> tuple[list[dict[str, Any]]
 def large(device: str, folder: Path, quick: bool) -> tuple[list[dict[str, Any]], list[Check]]:
     """Floating-point operations of what is computed again do not count."""
     size = replace(TINY, length=40, spread=0.0) if quick else LARGE
-    compute = without_padding(recompute=True, **({} if device == "cpu" else {"compile": True, "capture": True}))
-    way = replace(best_on(device), compute=compute)
     store = make_store(folder / "store", size, size.steps * size.batch_users)
     peak = matmul_peak(device, size.peak_n)
-    run = run_config(way, size, folder / "runs", dropout=0.2)
-    lines = measured(run, store, device, size.steps // size.meet_every)
-    speed = Speed.of(lines, size.meet_every)
-    share = speed.tokens_per_s * flops_per_token(size) / peak
     dense = size.blocks * 11 * size.width**2
-    name = f"{dense / 1e6:.0f}M dense parameters, {size.max_length} positions, recomputed"
-    check = Check(name=f"{name}: share of the peak", value=share, target=0.4, unit="", holds=share >= 0.4)
-    return [row(name, speed, device) | {"share_of_bf16_peak": share}], [check]
+    rows = []
+    for again in ("blocks", "elementwise"):
+        compute = without_padding(recompute=again, **({} if device == "cpu" else {"compile": True, "capture": True}))
+        run = run_config(replace(best_on(device), compute=compute), size, folder / again, dropout=0.2)
+        speed = Speed.of(measured(run, store, device, size.steps // size.meet_every), size.meet_every)
+        name = f"{dense / 1e6:.0f}M dense parameters, {size.max_length} positions, {again} computed again"
+        share = speed.tokens_per_s * flops_per_token(size) / peak
+        rows.append(row(name, speed, device) | {"share_of_bf16_peak": share})
+        print(rows[-1], flush=True)
+    best = max(row["share_of_bf16_peak"] for row in rows)
+    name = f"{dense / 1e6:.0f}M dense parameters: share of the peak"
+    return rows, [Check(name=name, value=best, target=0.4, unit="", holds=best >= 0.4)]
 
 
 def sampled(device: str, folder: Path, quick: bool) -> tuple[list[dict[str, Any]], list[Check]]:

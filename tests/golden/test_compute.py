@@ -85,7 +85,11 @@ def expected(store: Store, tmp_path_factory: pytest.TempPathFactory) -> list[flo
     return curve(store, tmp_path_factory.mktemp("plain"), ComputeConfig(), dropout=0.0)
 
 
-@pytest.mark.parametrize("compute", [ComputeConfig(ahead=2), ComputeConfig(recompute=True)], ids=["ahead", "recompute"])
+@pytest.mark.parametrize(
+    "compute",
+    [ComputeConfig(ahead=2), ComputeConfig(recompute="blocks"), ComputeConfig(recompute="elementwise")],
+    ids=["ahead", "blocks again", "elementwise again"],
+)
 def test_what_changes_no_number_gives_the_same_bits(store: Store, tmp_path: Path, compute: ComputeConfig) -> None:
     plain = curve(store, tmp_path / "plain", ComputeConfig(), dropout=0.2)
     assert curve(store, tmp_path / "changed", compute, dropout=0.2) == plain

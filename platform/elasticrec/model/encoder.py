@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from elasticrec.columns import PAD
 from elasticrec.data.inputs import Inputs
@@ -22,6 +21,7 @@ from elasticrec.model.features import EventEmbedding, EventInput, RatingEmbeddin
 from elasticrec.model.history import History
 from elasticrec.model.layout import Layout, layout_of
 from elasticrec.model.quantized import ItemTable
+from elasticrec.model.recompute import Recompute, again
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig, items: ItemTable) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False  # `training.compute` sets it: activations of blocks are not kept
+        self.recompute: Recompute = "nothing"  # `training.compute` sets it
         self.items = items
         self.position_TD = nn.Parameter(torch.empty(config.max_length, config.width))
         nn.init.normal_(self.position_TD, std=0.02)
@@ -126,8 +126,8 @@ class Encoder(nn.Module):
         return self.norm(x_BD)  # type: ignore[no-any-return]
 
     def _through(self, block: nn.Module, x_MD: Tensor, scene: Scene) -> Tensor:
-        if self.recompute and self.training:
-            return checkpoint(block, x_MD, scene, use_reentrant=False)  # type: ignore[no-any-return]
+        if self.training:
+            return again(self.recompute, block, x_MD, scene)
         return block(x_MD, scene)  # type: ignore[no-any-return]
 
     def _scene(self, history: History) -> Scene:

@@ -12,6 +12,7 @@ from elasticrec.model.encoder import Encoder
 from elasticrec.model.history import History
 from elasticrec.model.loss import FullSoftmax, SummedLoss
 from elasticrec.model.network import Network, NetworkConfig
+from elasticrec.model.recompute import Recompute
 from elasticrec.training.captured import CapturedLink
 from elasticrec.training.feed import Shapes
 from elasticrec.training.sync.all_reduce import AllReduceLink
@@ -29,7 +30,7 @@ class ComputeConfig:
     graphs: bool = False  # a CUDA graph of the compiled network: no launches to wait for
     capture: bool = False  # forward and backward pass as a CUDA graph for each number of tokens; one worker alone
     bucket_tokens: int = 0  # without padding, tokens of a piece are filled up to a multiple of it: shapes come again
-    recompute: bool = False  # activations of blocks are computed again in the backward pass instead of kept
+    recompute: Recompute = "nothing"  # of the activations in blocks: in the backward pass again instead of kept
     ahead: int = 0  # steps whose batches a background thread makes before they are needed
 
     def __post_init__(self) -> None:
@@ -85,8 +86,8 @@ def apply(config: ComputeConfig, loss: SummedLoss, device: torch.device) -> None
     if device.type == "cuda" and config.precision != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     encoder = loss.network.encoder
-    if config.recompute and isinstance(encoder, Encoder):
-        encoder.recompute = True
+    if isinstance(encoder, Encoder):
+        encoder.recompute = config.recompute
     if config.compile:
         compile_network(loss, loss.network, config)
 
