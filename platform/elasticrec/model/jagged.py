@@ -19,8 +19,8 @@ _SPLITS = 512  # programs that the sum over users for the bias is to keep busy
 # Queries and keys of a tile, warps and stages of each kernel, for heads of up to 64 and of more. They are not chosen
 # while training: other tiles round otherwise, and workers have to agree.
 TILES = {
-    "narrow": {"forward": (64, 64, 4, 3), "queries": (64, 64, 4, 3), "keys": (64, 64, 4, 3), "bias": (64, 64, 4, 3)},
-    "wide": {"forward": (64, 64, 8, 3), "queries": (64, 64, 8, 3), "keys": (64, 64, 8, 3), "bias": (64, 64, 8, 3)},
+    "narrow": {"forward": (64, 32, 4, 3), "queries": (64, 32, 4, 3), "keys": (32, 64, 4, 3), "bias": (64, 64, 8, 3)},
+    "wide": {"forward": (64, 32, 4, 3), "queries": (64, 32, 4, 3), "keys": (64, 32, 4, 3), "bias": (64, 64, 4, 2)},
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from elasticrec.training.board import Board
 from elasticrec.training.telemetry import Nobody, Observer
 
 STEPS = "steps.jsonl"
@@ -22,8 +23,6 @@ class Journal:
     """Appends to a run's folder."""
 
     def __init__(self, folder: Path, resume_step: int, observer: Observer | None = None) -> None:
-        from tensorboardX import SummaryWriter
-
         folder.mkdir(parents=True, exist_ok=True)
         self._observer = observer or Nobody()
         earlier = read(folder / STEPS)
@@ -31,21 +30,19 @@ class Journal:
         _note_start(folder, resume_step, earlier)
         self._steps = _open_rewound(folder / STEPS, resume_step, earlier)
         self._epochs = _open_rewound(folder / EPOCHS, resume_step, read(folder / EPOCHS))
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
+        self._board = Board(folder / "tensorboard", resume_step)
 
     def step(self, line: Mapping[str, Any]) -> None:
         """One training step: step, epoch, loss, learning rate, counted samples and tokens, workers, seconds."""
         self._steps.write(json.dumps(line) + "\n")
         self._observer.step(line)
-        self._board.add_scalar("train/loss", line["loss"], line["step"])
-        self._board.add_scalar("train/learning_rate", line["learning_rate"], line["step"])
+        self._board.draw(line["step"], {f"train/{name}": line[name] for name in ("loss", "learning_rate")})
 
     def epoch(self, line: Mapping[str, Any]) -> None:
         """One epoch: mean loss, and the validation metrics when it was validated."""
         self._epochs.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if name not in ("epoch", "step"):
-                self._board.add_scalar(f"epoch/{name.replace('@', '_at_')}", value, line["step"])
+        told = {name.replace("@", "_at_"): value for name, value in line.items() if name not in ("epoch", "step")}
+        self._board.draw(int(line["step"]), {f"epoch/{name}": value for name, value in told.items()})
         self.flush()
 
     def flush(self) -> None:

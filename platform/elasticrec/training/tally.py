@@ -55,7 +55,9 @@ def meet(
     told_WX = _gather(packed).cpu()
     told_WSF = told_WX[:, : len(mine)].view(len(told_WX), len(shares), 1 + len(fields(Share)))
     wished = (told_WX[:, len(mine) :] > 0).any(dim=0).tolist()
-    return [_total(part_WF) for part_WF in told_WSF.unbind(dim=1)], wished
+    forward_SW = told_WSF[:, :, -1].t().tolist()
+    totals = zip(told_WSF.sum(dim=0).tolist(), forward_SW, strict=True)
+    return [_tally(total_F, forward_W) for total_F, forward_W in totals], wished
 
 
 def _gather(packed: Tensor) -> Tensor:
@@ -66,12 +68,12 @@ def _gather(packed: Tensor) -> Tensor:
     return torch.stack(everyone)
 
 
-def _total(part_WF: Tensor) -> Tally:
-    loss, tokens, samples, key, _ = part_WF.sum(dim=0).tolist()
+def _tally(total_F: list[float], forward_W: list[float]) -> Tally:
+    loss, tokens, samples, key, _ = total_F
     return Tally(
         loss=loss / tokens,
         tokens=int(tokens),
         samples=int(samples),
         sample_key=int(key),
-        forward_s=tuple(part_WF[:, -1].tolist()),
+        forward_s=tuple(forward_W),
     )
