@@ -68,8 +68,9 @@ KINDS: dict[str, AnySync] = {
     "all_reduce power_sgd": AllReduce(hook=PowerSGD(rank=4, start_step=30)),
     "sharded": Sharded(),
     "sharded 2 replicas": Sharded(replicas=2),
-    "local_sgd": LocalSGD(every=64),
-    "diloco": LocalSGD(every=64, outer=Nesterov(learning_rate=0.4, momentum=0.6)),
+    "local_sgd": LocalSGD(every=32, message="bfloat16"),
+    "local_sgd float32": LocalSGD(every=64),
+    "diloco": LocalSGD(every=32, message="bfloat16", outer=Nesterov(learning_rate=0.4, momentum=0.6)),
     "gossip": Gossip(),
     "async_average": AsyncAverage(every=16),
 }
@@ -82,6 +83,7 @@ class Trial:
     kind: str
     epochs: int
     seed: int = 0
+    learning_rate: float = 2e-3
 
     def name(self, store: Store) -> str:
         """Tells the training from any of another data set or other settings."""
@@ -101,7 +103,7 @@ def run_config(store: Path, storage: Path, trial: Trial) -> RunConfig:
         network=NetworkConfig(encoder=EncoderConfig(width=32, blocks=2, max_length=32, block=BlockConfig(heads=2))),
         plan=PlanConfig(batch_users=32, shards=WORKERS, seed=trial.seed),
         optimizer=OptimizerConfig(
-            learning_rate=2e-3, warmup_steps=min(50, steps // 4), ema_decay=0.99 if trial.epochs > 10 else 0.9
+            learning_rate=trial.learning_rate, warmup_steps=min(50, steps // 4), ema_decay=0.99 if trial.epochs > 10 else 0.9
         ),
         evaluation=EvaluationConfig(ks=(10,)),
         validation=ValidationConfig(every_epochs=max(1, trial.epochs // 12), patience=NEVER),

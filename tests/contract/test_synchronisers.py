@@ -60,8 +60,8 @@ def every_step(share: int = 1) -> Bytes:
     return lambda steps, world, network: steps * ring(numbers_of(network) // share, world)
 
 
-def every(period: int) -> Bytes:
-    return lambda steps, world, network: steps // period * ring(numbers_of(network), world)
+def every(period: int, share: int = 1) -> Bytes:
+    return lambda steps, world, network: steps // period * ring(numbers_of(network) // share, world)
 
 
 def gossiped(steps: int, world: int, network: Network) -> int:
@@ -136,6 +136,9 @@ SYNCHRONISERS = {
         share=lambda n: 1 / 3 if n == 3 else 1 / 2,
     ),
     "local_sgd": Synchroniser(config=LocalSGD(every=3), sent=every(3), worlds=(1, 2, 3), lead=(1, 1)),
+    "local_sgd_bfloat16": Synchroniser(
+        config=LocalSGD(every=3, message="bfloat16"), sent=every(3, share=2), worlds=(1, 2, 3), keeps_mean=False
+    ),
     "diloco": Synchroniser(
         config=LocalSGD(every=3, outer=Nesterov()), sent=every(3), worlds=(1, 2, 3), keeps_mean=False, alone=False
     ),

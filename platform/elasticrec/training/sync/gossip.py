@@ -54,7 +54,7 @@ class _Exchange:
 
     pushed_X1: Tensor
     pulled_X1: Tensor  # x, then w
-    works: tuple[dist.Work, dist.Work]
+    works: tuple[dist.Work, ...]
 
     def wait(self) -> Tensor:
         for work in self.works:
@@ -89,12 +89,11 @@ class GossipLink(IndependentLink):
         # The peers of a step are 1, 2, 4, ... places away in turn.
         hop = 2 ** ((self._steps - 1) % math.ceil(math.log2(self._world)))
         rank, pulled_X1 = dist.get_rank(), torch.empty_like(held_X1)
-        receiving = dist.irecv(pulled_X1, (rank - hop) % self._world)
-        sending = dist.isend(held_X1, (rank + hop) % self._world)
-        assert receiving is not None, "every worker is of the group"
-        assert sending is not None, "every worker is of the group"
+        receiving = dist.P2POp(dist.irecv, pulled_X1, (rank - hop) % self._world)
+        sending = dist.P2POp(dist.isend, held_X1, (rank + hop) % self._world)
         self.sent_bytes += size_bytes([held_X1])
-        return _Exchange(held_X1, pulled_X1, (receiving, sending))
+        # Together, since NCCL would wait for each by itself, in a circle.
+        return _Exchange(held_X1, pulled_X1, tuple(dist.batch_isend_irecv([receiving, sending])))
 
     def _take(self, held_X1: Tensor) -> None:
         self._w = float(held_X1[-1])

@@ -6,7 +6,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class LocalSGD:
     kind: ClassVar[str] = "local_sgd"
     every: int = 64  # H
     outer: Nesterov | None = None  # none: the mean itself
+    message: Literal["float32", "bfloat16"] = "float32"  # parameters travel, or rounded what a round changed of them
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -70,45 +71,64 @@ class LocalSGDLink(IndependentLink):
     def __init__(self, loss: SummedLoss, optimizer: torch.optim.Optimizer, config: LocalSGD) -> None:
         super().__init__(loss, optimizer)
         self._every = config.every
-        self._outer = None if config.outer is None else _Outer(config.outer, self._parameters)
+        kept = self._parameters if config.outer or config.message != "float32" else {}
+        self._anchor = {name: parameter.detach().clone() for name, parameter in kept.items()}  # where the round began
+        self._rounded = config.message == "bfloat16" and self._world > 1
+        self._outer = None if config.outer is None else _Outer(config.outer, self._anchor)
 
     def _exchange(self) -> None:
         if self._steps % self._every == 0:
-            self.average(self._values())
+            self._average_round()
             if self._outer is not None:
-                self._outer.step()
+                self._outer.step(self._parameters)
+            self._begin()
+
+    @torch.no_grad()
+    def _average_round(self) -> None:
+        if not self._rounded:
+            self.average(self._values())
+            return
+        changes = [(self._parameters[name] - anchor).bfloat16() for name, anchor in self._anchor.items()]
+        self.average(changes)
+        for anchor, parameter, change in zip(self._anchor.values(), self._values(), changes, strict=True):
+            parameter.copy_(anchor + change)
+
+    def _begin(self) -> None:
+        for name, anchor in self._anchor.items():
+            anchor.copy_(self._parameters[name].detach())
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | (self._outer.state() if self._outer else {})
+        anchors = {f"anchor.{name}": anchor for name, anchor in self._anchor.items()}
+        return super().state() | anchors | (self._outer.state() if self._outer else {})
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         super().load_state(tensors)
-        if tensors and self._outer is not None:
-            self._outer.load_state(tensors)
+        if tensors:
+            for name, anchor in self._anchor.items():
+                anchor.copy_(tensors[f"anchor.{name}"])
+            if self._outer is not None:
+                self._outer.load_state(tensors)
 
 
 class _Outer:
     """Nesterov's momentum on the parameters at the beginning of rounds; every worker does the same."""
 
-    def __init__(self, config: Nesterov, parameters: dict[str, torch.nn.Parameter]) -> None:
-        self._config = config
-        self._parameters = parameters
-        self._anchor = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        self._momentum = {name: torch.zeros_like(anchor) for name, anchor in self._anchor.items()}
+    def __init__(self, config: Nesterov, anchor: dict[str, Tensor]) -> None:
+        self._config, self._anchor = config, anchor
+        self._momentum = {name: torch.zeros_like(tensor) for name, tensor in anchor.items()}
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, parameters: dict[str, torch.nn.Parameter]) -> None:
         """The parameters hold the mean of all workers; afterwards they are the beginning of the next round."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in parameters.items():
             anchor, momentum = self._anchor[name], self._momentum[name]
             gradient = anchor - parameter
             momentum.mul_(self._config.momentum).add_(gradient)
-            anchor.sub_(gradient.add_(momentum, alpha=self._config.momentum), alpha=self._config.learning_rate)
             parameter.copy_(anchor)
+            parameter.sub_(gradient.add_(momentum, alpha=self._config.momentum), alpha=self._config.learning_rate)
 
     def state(self) -> dict[str, Tensor]:
-        parts = {"anchor": self._anchor, "momentum": self._momentum}
-        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+        return {f"momentum.{name}": tensor for name, tensor in self._momentum.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in self.state().items():
