@@ -1,8 +1,9 @@
-"""By how much `elastic.exact` deviates on a GPU: the same short run by one worker twice, by two, and resumed.
+"""By how much `elastic.exact` deviates on GPUs: the same short run by one worker twice, by more, and resumed.
 
-Each life is processes of their own that share one device and meet over gloo. What is compared with the first life is
-the last checkpoint (parameters, averages, moments) and the loss of every step. On the CPU in float32 all are the same
-bits. `--quick` makes it tiny; `--device cpu` says what the CPU does.
+Each life is processes of their own, which share one device and meet over gloo, or have a GPU each and meet over NCCL
+where there are as many. What is compared with the first life is the last checkpoint (parameters, averages, moments) and
+the loss of every step. On the CPU in float32 all are the same bits. `--quick` makes it tiny; `--device cpu` says what
+the CPU does.
 """
 
 import argparse
@@ -41,20 +42,23 @@ WAYS = [
 ]
 
 
+LOST_AFTER = 3  # meetings
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Life:
-    """Workers, and where they are lost and one goes on alone from the checkpoint."""
+    """Numbers of workers, one after the other: all are lost, and others go on from the checkpoint."""
 
     name: str
-    workers: int
-    lost_after: int | None = None  # meetings
+    stages: tuple[int, ...]
 
 
 LIVES = [
-    Life(name="one worker", workers=1),
-    Life(name="one worker again", workers=1),
-    Life(name="two workers", workers=2),
-    Life(name="two, lost, then one resumed", workers=2, lost_after=3),
+    Life(name="one worker", stages=(1,)),
+    Life(name="one worker again", stages=(1,)),
+    Life(name="two workers", stages=(2,)),
+    Life(name="two, lost, then one resumed", stages=(2, 1)),
+    Life(name="four, lost, then two, lost, then four", stages=(4, 2, 4)),
 ]
 
 
@@ -96,7 +100,7 @@ def config(way: Way, size: Size, storage: Path) -> RunConfig:
     return replace(
         run_config(way, size, storage, dropout=0.2),
         checkpoint=CheckpointConfig(interval_s=0, background=False),
-        elastic=ElasticConfig(exact=True, max_workers=2),
+        elastic=ElasticConfig(exact=True, max_workers=4),
     )
 
 
@@ -110,13 +114,13 @@ def _options() -> argparse.Namespace:
 
 
 def start(runs: list[RunConfig], store: Path, device: str) -> None:
-    """All lives of all runs beside each other, and then the resumed ones."""
-    for stage in range(2):
+    """All lives of all runs beside each other, stage by stage."""
+    for stage in range(max(len(life.stages) for life in LIVES)):
         children = []
         for run, life in itertools.product(runs, LIVES):
-            stages = [(life.workers, life.lost_after)] + ([(1, None)] if life.lost_after else [])
-            if stage < len(stages):
-                children += begin(of_life(run, life), store, device, *stages[stage])
+            if stage < len(life.stages):
+                lost_after = LOST_AFTER if stage + 1 < len(life.stages) else None
+                children += begin(of_life(run, life), store, device, stage, life.stages[stage], lost_after)
         failed = sum(child.wait() != 0 for child in children)
         if failed:
             raise SystemExit(f"{failed} workers failed; what they said stands above")
@@ -128,7 +132,7 @@ def of_life(run: RunConfig, life: Life) -> RunConfig:
 
 
 def begin(
-    run: RunConfig, store: Path, device: str, workers: int, lost_after: int | None
+    run: RunConfig, store: Path, device: str, stage: int, workers: int, lost_after: int | None
 ) -> list[subprocess.Popen[bytes]]:
     """The processes of one stage of a life."""
     given = {"run": to_mapping(run), "store": str(store), "device": device, "world": workers, "lost_after": lost_after}
@@ -139,7 +143,7 @@ def begin(
                 "-m",
                 "benchmarks.gpu_exact",
                 "--life",
-                json.dumps(given | {"rank": rank, "at": f"{run.storage}.{workers}"}),
+                json.dumps(given | {"rank": rank, "at": f"{run.storage}.{stage}"}),
             ]
         )
         for rank in range(workers)
@@ -149,11 +153,19 @@ def begin(
 def live(run: dict[str, Any], store: str, device: str, world: int, lost_after: int | None, rank: int, at: str) -> None:
     """One worker of a stage."""
     torch.set_num_threads(1)
+    own = device != "cpu" and torch.cuda.device_count() >= world  # a GPU for each worker
+    if own:
+        torch.cuda.set_device(rank)
+        device = f"cuda:{rank}"
     if world > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         Path(at).parent.mkdir(parents=True, exist_ok=True)
         dist.init_process_group(
-            "gloo", init_method=f"file://{at}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+            "nccl" if own else "gloo",
+            init_method=f"file://{at}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=120),
         )
     config = from_mapping(RunConfig, run)
     host = MortalHost(config.folder, device=device, rank=rank, world=world)

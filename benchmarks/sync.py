@@ -103,7 +103,9 @@ def run_config(store: Path, storage: Path, trial: Trial) -> RunConfig:
         network=NetworkConfig(encoder=EncoderConfig(width=32, blocks=2, max_length=32, block=BlockConfig(heads=2))),
         plan=PlanConfig(batch_users=32, shards=WORKERS, seed=trial.seed),
         optimizer=OptimizerConfig(
-            learning_rate=trial.learning_rate, warmup_steps=min(50, steps // 4), ema_decay=0.99 if trial.epochs > 10 else 0.9
+            learning_rate=trial.learning_rate,
+            warmup_steps=min(50, steps // 4),
+            ema_decay=0.99 if trial.epochs > 10 else 0.9,
         ),
         evaluation=EvaluationConfig(ks=(10,)),
         validation=ValidationConfig(every_epochs=max(1, trial.epochs // 12), patience=NEVER),
