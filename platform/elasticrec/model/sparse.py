@@ -49,8 +49,8 @@ class Sparse24Linear(nn.Module):
         """What is kept beside the weights once a GPU has used them."""
         if self._semi_structured is None:
             return 0
-        parts, _ = self._semi_structured.__tensor_flatten__()
-        return sum(getattr(self._semi_structured, part).nbytes for part in parts)
+        parts: list[str] = self._semi_structured.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+        return sum(int(getattr(self._semi_structured, part).nbytes) for part in parts)
 
     def weight(self) -> Tensor:
         """With the zeros put back: float32 (O, D)."""
