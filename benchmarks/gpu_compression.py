@@ -500,7 +500,7 @@ def _print(rows: Sequence[Mapping[str, Any]]) -> None:
     """A line for each batch: ms of each way."""
     for batch in dict.fromkeys(row["batch"] for row in rows):
         mine = [row for row in rows if row["batch"] == batch]
-        told = [f"{row['way']} {row['p50_ms']:.3f}" if row["p50_ms"] else row["failed"] for row in mine]
+        told = [f"{row['way']} {row['p50_ms']:.3f}" if row["p50_ms"] else row["failed"][:60] for row in mine]
         worth = "" if mine[0]["ndcg@10"] is None else f"; NDCG@10 {mine[0]['ndcg@10']:.4f}"
         print(f"{mine[0]['network']}, {mine[0]['recipe']}, batch {batch}: {'; '.join(told)}{worth}", flush=True)
 

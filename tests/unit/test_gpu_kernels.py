@@ -1,4 +1,7 @@
-"""Kernels of Triton give what torch gives. On a GPU alone; `benchmarks.gpu_training --check` tests them in training."""
+"""Kernels of Triton give what torch gives, rounded layers and graphs what a CPU gives. On a GPU alone.
+
+`benchmarks.gpu_training --check` tests the kernels in training.
+"""
 
 import itertools
 from dataclasses import replace

@@ -3,6 +3,8 @@
 # M tokens, D inputs, O outputs, Q = D / 4 fours of inputs, H = D / 2 kept weights
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,10 +42,16 @@ class Sparse24Linear(nn.Module):
         if not torch.compiler.is_compiling():
             check_sparse(x.device)
         if self._semi_structured is None or self._semi_structured.device != x.device:
-            self._semi_structured = torch.sparse.to_sparse_semi_structured(self.weight().bfloat16().contiguous())
+            self._semi_structured = self._laid_out()
         y_MO = F.linear(x.reshape(-1, x.shape[-1]).bfloat16(), self._semi_structured).to(result_type(x))
         y_MO = y_MO if bias_O is None else y_MO + bias_O.to(y_MO.dtype)
         return y_MO.reshape(*x.shape[:-1], y_MO.shape[1])
+
+    @torch.no_grad()
+    def _laid_out(self) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning)  # that it is a prototype
+            return torch.sparse.to_sparse_semi_structured(self.weight().bfloat16().contiguous())
 
     def laid_out_bytes(self) -> int:
         """What is kept beside the weights once a GPU has used them."""
