@@ -3,10 +3,11 @@
 python -m benchmarks.gpu_compression [--quick] [--device DEVICE] [--json FILE] [--report FILE] [--data STORE]
 
 Two networks: one trained here on a store (MovieLens 100K), whose quality is measured too, and one of width 256, 4
-blocks and 200 positions over a million random items, whose weights are much to read. Each recipe answers four ways,
-launched kernel by kernel, as CUDA graphs, compiled, and both; the float32 teacher, launched, and the bfloat16 network,
-at its fastest, answer in turn with it. An answer is timed from the history on the host to the best 100 unseen items on
-the host; `device_ms` is between two events around all but the way back. What fails is a row with its reason.
+blocks and 200 positions over a million random items, whose weights are much to read. Each recipe answers several ways:
+launched kernel by kernel, as CUDA graphs, and of the larger network also compiled, and both. The float32 teacher,
+launched, and the bfloat16 network, at its fastest, answer in turn with it. An answer is timed from the history on the
+host to the best 100 unseen items on the host; `device_ms` is between two events around all but the way back. What
+fails is a row with its reason.
 """
 
 import argparse
@@ -88,15 +89,15 @@ class Case:
 
 TEACHER = Case(products="float32")
 BEST = Case(recipe=(BFloat16Table(), BFloat16Linear()))
-CASES = (  # in the order of what is asked most, for compiling ends with the time
+CASES = (
     BEST,
     Case(recipe=(Int8Table(), Fp8Linear())),
     Case(recipe=(Int8Table(), Int8Linear())),
-    TEACHER,
-    Case(recipe=(Int8Table(), BFloat16Linear())),
     Case(recipe=(Int8Table(), Int4Linear())),
     Case(recipe=(Int8Table(), SparseLinear())),
+    TEACHER,
     Case(),
+    Case(recipe=(Int8Table(), BFloat16Linear())),
     Case(recipe=(Int8Table(), Int8Linear(activations="none"))),
     Case(recipe=(Int4Table(keep="rows"), Int4Linear()), trained_only=True),
 )
@@ -121,7 +122,7 @@ class Subject:
     """A network and what it is asked."""
 
     name: str
-    compiled: bool  # whether compiling it is tried, too
+    trained: bool  # then its quality is measured, else it is compiled, too: there is no time for both
     teacher: Network
     history_by_batch: Mapping[int, Sequence[History]]
     bench: Workbench
@@ -161,9 +162,9 @@ class Limits:
     def on_gpu(self) -> bool:
         return self.device != "cpu"
 
-    def ways(self, compiled: bool) -> tuple[Way, ...]:
-        """All that the device has; a compiler takes long."""
-        return tuple(way for way in WAYS if (compiled or not way.compile) and (self.on_gpu or not way.capture))
+    def ways(self, trained: bool) -> tuple[Way, ...]:
+        """A CPU only launches: compiling for it takes minutes."""
+        return tuple(way for way in WAYS if self.on_gpu or way is LAUNCHED if not (trained and way.compile))
 
 
 def main() -> None:
@@ -174,15 +175,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         store = _store(chosen.data, chosen.quick, Path(folder))
-        trained = trained_subject(store, chosen.bundle, limits, Path(folder))
-        print(f"a teacher after {time.monotonic() - started_s:.0f} s", flush=True)
-        gc.collect()
-        gc.freeze()  # recording a graph collects garbage, which is slow among so many objects
-        for subject in (trained, large_subject(trained, limits)):
-            for more in measured(subject, Quality(trained, limits) if subject is trained else None, limits):
+        for part in chosen.only or PARTS:
+            subject = PARTS[part](store, chosen.bundle, limits, Path(folder))
+            print(f"{subject.name} begins after {time.monotonic() - started_s:.0f} s", flush=True)
+            gc.collect()
+            gc.freeze()  # recording a graph collects garbage, which is slow among so many objects
+            for more in measured(subject, limits):
                 rows += more
                 _publish(rows, chosen)  # what is known so far
-            print(f"{subject.name} after {time.monotonic() - started_s:.0f} s", flush=True)
     print(_publish(rows, chosen))
     print(f"{time.monotonic() - started_s:.0f} s in all", flush=True)
 
@@ -190,6 +190,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--only", choices=list(PARTS), action="append")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--report", type=Path, help="where to write the front of the trained network as a page")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -209,8 +210,8 @@ def _publish(rows: Sequence[dict[str, Any]], chosen: argparse.Namespace) -> str:
     """Writes the files; the lines that tell of checks, as the table is too wide for a terminal."""
     with contextlib.redirect_stdout(io.StringIO()) as told:
         publish("gpu_compression", [_shown(row) for row in rows], checks(rows), chosen.json)
-    if chosen.report:
-        chosen.report.write_text(page(rows), encoding="utf-8")
+    if chosen.report and (text := page(rows)):
+        chosen.report.write_text(text, encoding="utf-8")
     return "\n".join(line for line in told.getvalue().splitlines() if line.startswith(("holds", "MISSED")))
 
 
@@ -233,9 +234,7 @@ def trained_subject(store: Store, bundle: str | None, limits: Limits, folder: Pa
         teacher.load_state_dict({name: tensor.cpu() for name, tensor in loop.best_weights.items()})
         print(f"trained {int(loop.best.epoch)} epochs", flush=True)
     teacher = teacher.eval().requires_grad_(False)
-    bench = Workbench(
-        teacher=teacher, store=store, split=LeaveOneOut(), evaluation=EVALUATION, scratch=folder, device=limits.device
-    )
+    bench = _bench(teacher, store, limits, folder)
     cases = split(LeaveOneOut(), store.sequences).test
     history_P = histories(store.sequences, cases, teacher.config.encoder.max_length)
     order_P = np.random.default_rng(0).permutation(len(history_P.item_BT))
@@ -243,10 +242,10 @@ def trained_subject(store: Store, bundle: str | None, limits: Limits, folder: Pa
         batch: [history_P.take(np.resize(np.roll(order_P, -batch * turn), batch)) for turn in range(DRAWN)]
         for batch in limits.size.batches
     }
-    return Subject(name="trained", compiled=False, teacher=teacher, history_by_batch=drawn, bench=bench)
+    return Subject(name="trained", trained=True, teacher=teacher, history_by_batch=drawn, bench=bench)
 
 
-def large_subject(trained: Subject, limits: Limits) -> Subject:
+def large_subject(store: Store, _bundle: str | None, limits: Limits, folder: Path) -> Subject:
     """Random weights over a large catalogue; histories as long as among 20 million film ratings."""
     size, generator = limits.size, np.random.default_rng(0)
 
@@ -258,13 +257,18 @@ def large_subject(trained: Subject, limits: Limits) -> Subject:
 
     history_by_batch = {batch: [drawn(batch) for _ in range(DRAWN)] for batch in size.batches}
     name = f"{size.width} x {size.blocks} over {size.items:,} items"
-    return Subject(
-        name=name,
-        compiled=limits.on_gpu,
-        teacher=_random(limits, history_by_batch[size.batches[0]][0]),
-        history_by_batch=history_by_batch,
-        bench=trained.bench,
+    teacher = _random(limits, history_by_batch[size.batches[0]][0])
+    bench = _bench(teacher, store, limits, folder)
+    return Subject(name=name, trained=False, teacher=teacher, history_by_batch=history_by_batch, bench=bench)
+
+
+def _bench(teacher: Network, store: Store, limits: Limits, folder: Path) -> Workbench:
+    return Workbench(
+        teacher=teacher, store=store, split=LeaveOneOut(), evaluation=EVALUATION, scratch=folder, device=limits.device
     )
+
+
+PARTS = {"trained": trained_subject, "large": large_subject}
 
 
 def _random(limits: Limits, history: History) -> Network:
@@ -323,18 +327,24 @@ class Quality:
         return found
 
 
-def measured(subject: Subject, quality: Quality | None, limits: Limits) -> Iterator[list[dict[str, Any]]]:
+def measured(subject: Subject, limits: Limits) -> Iterator[list[dict[str, Any]]]:
     """The rows of each case. The first one's network is what the others are compared with, beside the teacher."""
+    quality = Quality(subject, limits) if subject.trained else None
     references: dict[str, Answerer] = {}
     with contextlib.suppress(Exception):
         references["teacher"] = _ready(subject, TEACHER, _there(subject.teacher, limits), LAUNCHED, limits)
-    for case in CASES:
-        if case.trained_only and quality is None:
-            continue
+    for case in cases_of(subject):
         _forget(limits)
         rows = _rows(subject, case, quality, references, limits)
         _print(rows)
         yield rows
+
+
+def cases_of(subject: Subject) -> list[Case]:
+    """Where compiling ends with the time those that are asked most come first, else the rarest products last."""
+    if subject.trained:
+        return sorted(CASES, key=lambda case: bool({Int4Linear(), SparseLinear()} & set(case.recipe)))
+    return [case for case in CASES if not case.trained_only]
 
 
 def _rows(
@@ -348,7 +358,7 @@ def _rows(
     known = {"weights_mb": 1e-6 * sum(tensor.nbytes for tensor in network.state_dict().values())}
     running: dict[str, Answerer] = {}
     failed: dict[str, str] = {}
-    ways = limits.ways(subject.compiled)
+    ways = limits.ways(subject.trained)
     for way in ways:
         try:
             running[way.name] = _ready(subject, case, network, way, limits)
@@ -513,9 +523,11 @@ def checks(rows: Sequence[Mapping[str, Any]]) -> list[Check]:
     """What runs, what is kept, and what graphs and compilers are worth."""
     failed = [row for row in rows if row["failed"]]
     found = [Check(name="rows that failed", value=len(failed), target=0, unit="rows", holds=not failed)]
-    least = min((row["agrees"] for row in rows if row["agrees"] is not None), default=0.0)
-    name = "items that graphs and compiled code answer as launched kernels do, the least"
-    found.append(Check(name=name, value=100 * least, target=95, unit="%", holds=least >= 0.95))
+    for way, target in (("captured", 99.0), ("compiled", 90.0), ("compiled, captured", 90.0)):
+        agree = [100 * row["agrees"] for row in rows if row["way"] == way and row["agrees"] is not None]
+        if agree:  # compiled code rounds elsewhere, and a random network's scores lie close to each other
+            name = f"items that are answered {way} as launched, the least"
+            found.append(Check(name=name, value=min(agree), target=target, unit="%", holds=min(agree) >= target))
     for name, row in {row["recipe"]: row for row in rows if row["quality"]}.items():
         kept = 100 * (1 - row["quality"]["ndcg@10_loss"])
         found.append(Check(name=f"{name}: NDCG@10 kept", value=kept, target=99, unit="%", holds=kept >= 99))
@@ -548,9 +560,9 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     if teacher is None:
         return ""
     base = _trial(teacher)
-    measures = [Trial(name=trial["recipe"], metrics={name: trial[name] for name in _OBJECTIVES}) for trial in trials]
-    metrics = {name: base[name] for name in _OBJECTIVES}
-    choice = choose(measures, parse_budget(BUDGET), metrics | teacher["teacher"], ("p50_ms", "resident_bytes"))
+    base |= teacher["teacher"]  # as it scores in float32
+    measures = [Trial(name=trial["recipe"], metrics=_chosen_by(trial)) for trial in trials]
+    choice = choose(measures, parse_budget(BUDGET), _chosen_by(base), ("p50_ms", "resident_bytes"))
     best = {trial.name for trial in front(measures, _OBJECTIVES)}
     chosen = choice.trial.name if choice.trial else None
     for trial in trials:
@@ -558,12 +570,12 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     return frontier_page(trials, base, f"On a GPU: {choice.why}", BUDGET)
 
 
-_OBJECTIVES: dict[str, Direction] = {
-    "validation_ndcg@10": "max",
-    "ndcg@10": "max",
-    "p50_ms": "min",
-    "resident_bytes": "min",
-}
+_OBJECTIVES: dict[str, Direction] = {"ndcg@10": "max", "p50_ms": "min", "resident_bytes": "min"}
+
+
+def _chosen_by(trial: Mapping[str, Any]) -> dict[str, float]:
+    """As in a sweep, by validation."""
+    return {name: float(trial[name]) for name in _OBJECTIVES} | {"ndcg@10": float(trial["validation_ndcg@10"])}
 
 
 def _trial(row: Mapping[str, Any]) -> dict[str, Any]:
