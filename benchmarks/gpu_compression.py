@@ -53,6 +53,7 @@ DRAWN = 6  # batches of each size, which are asked in turn
 BUDGET = "ndcg@10>=0.99*teacher"
 EVALUATION = EvaluationConfig(ks=(10,), remove_seen=True)
 REASON_CHARACTERS = 160
+COMPILATIONS = 64  # of one function, for all recipes; more are launched, without a word
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,6 +172,7 @@ def main() -> None:
     started_s = time.monotonic()
     chosen = _options()
     size = QUICK if chosen.quick else FULL
+    torch._dynamo.config.recompile_limit = COMPILATIONS
     limits = Limits(size=size, device=chosen.device, compile_until_s=started_s + chosen.compile_until)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -467,9 +469,8 @@ def common_share(own_BK: Int64, other_BK: Int64) -> float:
 
 
 def _forget(limits: Limits) -> None:
-    """Graphs, compiled code and memory of the recipe before; what still replays goes on."""
+    """Graphs and memory of the recipe before. Compiled code stays: a graph of it is still replayed."""
     gc.collect()
-    torch.compiler.reset()
     if limits.on_gpu:
         with contextlib.suppress(Exception):
             torch.cuda.empty_cache()
