@@ -1,13 +1,29 @@
-"""Kernels of Triton give what torch gives. On a GPU alone; `benchmarks.gpu_training --check` tests them in training."""
+"""Kernels of Triton give what torch gives, rounded layers and graphs what a CPU gives. On a GPU alone.
+
+`benchmarks.gpu_training --check` tests the kernels in training.
+"""
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elasticrec.compression.linears import BFloat16Linear, Fp8Linear, Int4Linear, Int8Linear, SparseLinear
+from elasticrec.compression.quantize import BFloat16Table, Int8Table
+from elasticrec.compression.recipe import Layers, Step
+from elasticrec.compression.workbench import Workbench, apply
+from elasticrec.data.split import LeaveOneOut
+from elasticrec.evaluation.ranking import EvaluationConfig
+from elasticrec.model.answer import AnswerConfig, Answerer
+from elasticrec.model.block import BlockConfig
+from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.history import History
 from elasticrec.model.loss import softmax_gradient
+from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.model.topk import GroupedTopK, Keys
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -76,3 +92,69 @@ def test_the_best_of_a_catalogue(integers: bool, queries: int) -> None:
     item_BK, score_BK = GroupedTopK(keys).top(query_BD, 50, row_N, item_N)
     torch.testing.assert_close(score_BK.double(), score_BI.topk(50).values, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(score_BK.double(), score_BI.gather(1, item_BK), rtol=1e-4, atol=1e-3)
+
+
+LAYERS = [BFloat16Linear(), Int8Linear(), Int8Linear(activations="none"), Fp8Linear(), Int4Linear(), SparseLinear()]
+
+
+def network_of(*steps: Step, attention: str = "sdpa") -> Network:
+    torch.manual_seed(0)
+    block = BlockConfig(heads=2, attention=attention)  # type: ignore[arg-type]
+    encoder = EncoderConfig(width=128, blocks=2, max_length=40, block=block)
+    network = Network(NetworkConfig(encoder=encoder), 5000).eval().requires_grad_(False)
+    bench = Workbench(
+        teacher=network,
+        store=None,  # type: ignore[arg-type]  # these steps need no data
+        split=LeaveOneOut(),
+        evaluation=EvaluationConfig(),
+        scratch=Path(),
+        device="cuda",
+    )
+    for step in steps:
+        network = apply(step, network, bench)
+    return network
+
+
+def history_of(users: int) -> History:
+    generator = torch.Generator().manual_seed(users)
+    item_BT = torch.randint(1, 5001, (users, 40), generator=generator)
+    length_B1 = torch.randint(1, 41, (users, 1), generator=generator)
+    return History(item_BT.masked_fill(torch.arange(40) < 40 - length_B1, 0))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("step", LAYERS, ids=lambda step: f"{step.kind}-{getattr(step, 'activations', '')}")
+@pytest.mark.parametrize("users", [1, 3, 40])
+def test_layers_are_near_those_of_a_cpu(step: Layers, autocast: bool, users: int) -> None:
+    """The same numbers are multiplied; what differs is the order of sums, and bfloat16 in between."""
+    network, history = network_of(step), history_of(users)
+    expected_BD = network.newest(history)
+    network = network.to("cuda")
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        own_BD = network.newest(history.to("cuda")).float().cpu()
+    assert torch.cosine_similarity(own_BD, expected_BD).min() > 0.99
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "jagged"])
+@pytest.mark.parametrize("step", LAYERS, ids=lambda step: f"{step.kind}-{getattr(step, 'activations', '')}")
+def test_graphs_answer_as_launched_kernels(step: Layers, attention: str) -> None:
+    network = network_of(Int8Table(), step, attention=attention).to("cuda")
+    config = AnswerConfig(k=50, batches=(1, 16))
+    launched, captured = Answerer(network, config), Answerer(network, replace(config, capture=True))
+    for users in (1, 5, 16, 5, 1):
+        item_BK, score_BK = launched.answer(history_of(users))
+        own_item_BK, own_score_BK = captured.answer(history_of(users))
+        assert own_item_BK.shape == (users, 50)
+        # A filled-up batch may be multiplied by another kernel, which sums in another order.
+        torch.testing.assert_close(own_score_BK, score_BK, rtol=0.02, atol=0.02)
+        assert (own_item_BK[:, :, None] == item_BK[:, None]).any(dim=2).float().mean() > 0.9
+
+
+def test_answers_are_the_best_of_all_scores() -> None:
+    history = history_of(20)
+    answerer = Answerer(network_of(BFloat16Table(), BFloat16Linear()).to("cuda"), AnswerConfig(k=50))
+    item_BK, score_BK = answerer.answer(history)
+    score_BI = answerer.scores(history).clone()
+    score_BI.scatter_(1, history.item_BT.cuda(), float("-inf"))
+    torch.testing.assert_close(score_BK, score_BI.topk(50).values, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(score_BK, score_BI.gather(1, item_BK), rtol=1e-3, atol=1e-3)

@@ -15,7 +15,7 @@ from elasticrec.columns import CATEGORIES, COUNT, ITEM, ITEM_INDEX, TITLE, USER,
 from elasticrec.compression.distil import Distil
 from elasticrec.compression.factorise import LowRankTable
 from elasticrec.compression.finetune import FineTune
-from elasticrec.compression.linears import Fp8Linear, Int4Linear, Int8Linear, SparseLinear
+from elasticrec.compression.linears import BFloat16Linear, Fp8Linear, Int4Linear, Int8Linear, SparseLinear
 from elasticrec.compression.prune import Prune
 from elasticrec.compression.quantize import BFloat16Table, Int4Table, Int8Table, PQTable
 from elasticrec.compression.recipe import Recipe, compress, described, label
@@ -36,6 +36,7 @@ RECIPES: tuple[Recipe, ...] = (
     *((PQTable(dims=dims),) for dims in (2, 4, 8)),
     (LowRankTable(rank=5),),
     (LowRankTable(rank=8), Int4Table()),
+    (BFloat16Linear(),),
     (Int8Linear(), Int8Table()),
     (Int4Linear(),),
     (SparseLinear(), Int8Table()),

@@ -9,7 +9,7 @@ from typing import Any
 from elasticrec.compression.distil import Distil
 from elasticrec.compression.factorise import LowRankTable
 from elasticrec.compression.finetune import FineTune
-from elasticrec.compression.linears import Fp8Linear, Int4Linear, Int8Linear, SparseLinear
+from elasticrec.compression.linears import BFloat16Linear, Fp8Linear, Int4Linear, Int8Linear, SparseLinear
 from elasticrec.compression.prune import Prune
 from elasticrec.compression.quantize import BFloat16Table, Int4Table, Int8Table, PQTable
 from elasticrec.compression.workbench import Workbench, apply
@@ -17,7 +17,7 @@ from elasticrec.config import to_mapping
 from elasticrec.model.network import Network
 
 Table = BFloat16Table | Int8Table | Int4Table | PQTable | LowRankTable
-Layers = Int8Linear | Int4Linear | Fp8Linear | SparseLinear
+Layers = BFloat16Linear | Int8Linear | Int4Linear | Fp8Linear | SparseLinear
 Step = Table | Layers | Prune | Distil | FineTune
 Recipe = tuple[Step, ...]  # without a step: the network as it was trained
 

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _LARGEST_INT8 = 127
 _SMALLEST_STEP = 1e-14  # of rows of zeros
+_GPU_ROWS, _GPU_MULTIPLE = 32, 8  # the fewest rows, and what both sizes of the right side divide by
 _native = ContextVar("_native", default=True)
 
 
@@ -26,6 +28,10 @@ def product(left_MD: Tensor, right_OD: Tensor) -> Tensor:
 
     Where int8 is not multiplied natively, float32 holds every sum of up to 1,032 products exactly.
     """
+    if left_MD.is_cuda and not right_OD.shape[0] % _GPU_MULTIPLE and not right_OD.shape[1] % _GPU_MULTIPLE:
+        rows = left_MD.shape[0]
+        padded_MD = left_MD if rows >= _GPU_ROWS else F.pad(left_MD, (0, 0, 0, _GPU_ROWS - rows))
+        return torch._int_mm(padded_MD, right_OD.t()).narrow(0, 0, rows)
     if multiplies_int8(left_MD):
         return torch._int_mm(left_MD, right_OD.t())
     return left_MD.float() @ right_OD.float().t()

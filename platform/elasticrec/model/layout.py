@@ -168,6 +168,12 @@ class Jagged(Layout):
         column_M = self._source_M % self.columns + (len(position_TD) - self.columns)
         return x_MD + torch.nn.functional.embedding(column_M, position_TD)
 
+    def newest(self, x_MX: Tensor) -> Tensor:
+        return x_MX.index_select(0, (self._length_B.cumsum(0) - 1).clamp(min=0))
+
+    def newest_place(self) -> Tensor | None:
+        return (self._length_B - 1).clamp(min=0)
+
     def restore(self, x_MD: Tensor) -> Tensor:
         return x_MD.unsqueeze(0)
 

@@ -1,4 +1,4 @@
-"""Linear layers of a compressed encoder: int8 weights with one scale an output, inputs rounded to int8 or not.
+"""Linear layers of a compressed encoder by name; those of int8 weights, inputs rounded to int8 or not.
 
 # M tokens, D inputs, O outputs
 """
@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elasticrec.model import integers
-from elasticrec.model.narrow import Fp8Linear, Int4Linear
+from elasticrec.model.cast import result_type
+from elasticrec.model.narrow import BFloat16Linear, Fp8Linear, Int4Linear
 from elasticrec.model.sparse import Sparse24Linear
 
-LinearPrecision = Literal["float32", "int8", "int8_weights", "int4_weights", "fp8", "sparse24"]
+LinearPrecision = Literal["float32", "bfloat16", "int8", "int8_weights", "int4_weights", "fp8", "sparse24"]
 
 _CHUNK_TOKENS = 512  # integers and floats of 512 outputs: 1 MB each, what a core's cache holds
 
@@ -33,9 +34,11 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias_O", torch.zeros(outputs) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """float32 (..., D) -> float32 (..., O)."""
+        """float32 (..., D) -> float32, or bfloat16 under autocast on a GPU, (..., O)."""
         weight_OD = self.get_buffer("weight_OD")
         x_MD = x.reshape(-1, weight_OD.shape[1])
+        if x.is_cuda:
+            return self._on_gpu(x_MD, result_type(x)).view(*x.shape[:-1], len(weight_OD))
         if self.rounds_inputs:
             y_MO = _rounded_product(x_MD, weight_OD).mul_(self.get_buffer("scale_O"))
         else:
@@ -43,6 +46,18 @@ class Int8Linear(nn.Module):
         if self._buffers["bias_O"] is not None:
             y_MO.add_(self.get_buffer("bias_O"))
         return y_MO.view(*x.shape[:-1], len(weight_OD))
+
+    def _on_gpu(self, x_MD: Tensor, wanted: torch.dtype) -> Tensor:
+        """(M, D) -> (M, O) of the type that is wanted: all tokens at once, and nothing in place for compilers."""
+        weight_OD, scale_O = self.get_buffer("weight_OD"), self.get_buffer("scale_O")
+        if self.rounds_inputs:
+            integer_MD, step_M1 = integers.round_rows(x_MD.float())
+            y_MO = integers.product(integer_MD, weight_OD).float() * step_M1 * scale_O
+        else:
+            y_MO = F.linear(x_MD.to(wanted), weight_OD.to(wanted)) * scale_O
+        if self._buffers["bias_O"] is not None:
+            y_MO = y_MO + self.get_buffer("bias_O")
+        return y_MO.to(wanted)
 
 
 def _rounded_product(x_MD: Tensor, weight_OD: Tensor) -> Tensor:
@@ -65,6 +80,8 @@ def set_linears(module: nn.Module, precision: LinearPrecision) -> None:
 
 def _empty(layer: nn.Linear, precision: LinearPrecision) -> nn.Module:
     inputs, outputs, bias = layer.in_features, layer.out_features, layer.bias is not None
+    if precision == "bfloat16":
+        return BFloat16Linear(inputs, outputs, bias=bias)
     if precision == "fp8":
         return Fp8Linear(inputs, outputs, bias=bias)
     if precision == "int4_weights":

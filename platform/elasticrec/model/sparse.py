@@ -3,11 +3,14 @@
 # M tokens, D inputs, O outputs, Q = D / 4 fours of inputs, H = D / 2 kept weights
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elasticrec.errors import ConfigError
+from elasticrec.model.cast import result_type
 
 ROWS, COLUMNS = 32, 64  # a layer's sizes are multiples of these, as torch's 2:4 products ask for
 _CAPABILITY = (8, 0)
@@ -28,7 +31,7 @@ class Sparse24Linear(nn.Module):
         self._semi_structured: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """float32 (..., D) -> float32 (..., O).
+        """float32 (..., D) -> float32, or bfloat16 under autocast on a GPU, (..., O).
 
         Raises:
             ConfigError: the GPU has no 2:4 products.
@@ -36,11 +39,26 @@ class Sparse24Linear(nn.Module):
         bias_O = self._buffers["bias_O"]
         if not x.is_cuda:
             return F.linear(x, self.weight(), bias_O)
-        check_sparse(x.device)
+        if not torch.compiler.is_compiling():
+            check_sparse(x.device)
         if self._semi_structured is None or self._semi_structured.device != x.device:
-            self._semi_structured = torch.sparse.to_sparse_semi_structured(self.weight().bfloat16().contiguous())
-        y_MO = F.linear(x.reshape(-1, x.shape[-1]).bfloat16(), self._semi_structured).float()
-        return (y_MO if bias_O is None else y_MO + bias_O).view(*x.shape[:-1], -1)
+            self._semi_structured = self._laid_out()
+        y_MO = F.linear(x.reshape(-1, x.shape[-1]).bfloat16(), self._semi_structured).to(result_type(x))
+        y_MO = y_MO if bias_O is None else y_MO + bias_O.to(y_MO.dtype)
+        return y_MO.reshape(*x.shape[:-1], y_MO.shape[1])
+
+    @torch.no_grad()
+    def _laid_out(self) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning)  # that it is a prototype
+            return torch.sparse.to_sparse_semi_structured(self.weight().bfloat16().contiguous())
+
+    def laid_out_bytes(self) -> int:
+        """What is kept beside the weights once a GPU has used them."""
+        if self._semi_structured is None:
+            return 0
+        parts: list[str] = self._semi_structured.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+        return sum(int(getattr(self._semi_structured, part).nbytes) for part in parts)
 
     def weight(self) -> Tensor:
         """With the zeros put back: float32 (O, D)."""

@@ -21,7 +21,7 @@ from elasticrec.errors import ConfigError
 from elasticrec.model.head import CosineHead
 from elasticrec.model.low_rank import LowRankTable
 from elasticrec.model.network import Network
-from elasticrec.model.quantized import Int8Table
+from elasticrec.model.quantized import BFloat16Table, Int8Table
 
 GROUP = 32  # items; on an H100 the best of 16 to 128 at a million items and a batch of 256 (docs/log.md)
 _PIECE_BYTES = 2**24  # of scores that the CPU holds at a time
@@ -44,12 +44,13 @@ class Keys:
     @classmethod
     @torch.no_grad()
     def of(cls, network: Network) -> "Keys":
-        """Those of a network: int8 stays int8, anything else becomes bfloat16 on a GPU and float32 elsewhere."""
+        """Those of a network: int8 and bfloat16 are read where they lie; others are copied, as bfloat16 on a GPU."""
         table = network.encoder.items
-        if isinstance(table, Int8Table):
-            scale_I = table.get_buffer("scale_I").float()
+        if isinstance(table, Int8Table | BFloat16Table):
+            scale_I = table.get_buffer("scale_I").float() if isinstance(table, Int8Table) else None
             if isinstance(network.head, CosineHead):  # the length of a row has its scale, too
-                scale_I = torch.linalg.vector_norm(table.weight_ID.float(), dim=-1).clamp_(min=1e-12).reciprocal_()
+                lengths = [torch.linalg.vector_norm(rows_ID.float(), dim=-1) for rows_ID in table.chunks()]
+                scale_I = torch.cat(lengths).clamp_(min=1e-12).reciprocal_()
             return cls(key_ID=table.weight_ID, scale_I=scale_I)
         key_ID = network.keys()
         if isinstance(table, LowRankTable) and isinstance(network.head, CosineHead):
@@ -67,14 +68,20 @@ class GroupedTopK:
         self._keys, self._group = keys, group
         self._groups = -(-len(keys.key_ID) // group)
 
-    def top(self, query_BD: Tensor, k: int, blocked_row_N: Tensor, blocked_item_N: Tensor) -> tuple[Tensor, Tensor]:
+    def top(
+        self, query_BD: Tensor, k: int, blocked_row_N: Tensor, blocked_item_N: Tensor, most: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Items and scores, best first: int64 (B, K) and float32 (B, K).
 
         K is at most k and at most I - 1. Where a query has fewer items that are not blocked, item 0 at -inf ends its
         row.
         Blocked pairs may lie on the host, which then waits for no device.
+
+        Args:
+            most: no query has more blocked pairs than this; counted where it is not told. Shapes depend on it alone.
         """
-        most = int(torch.bincount(blocked_row_N).max()) if len(blocked_row_N) else 0
+        if most is None:
+            most = int(torch.bincount(blocked_row_N).max()) if len(blocked_row_N) else 0
         k = min(k, len(self._keys.key_ID) - 1)
         query_BD = query_BD.to(torch.bfloat16) if self._keys.key_ID.is_cuda else query_BD.float()
         maximum_BG = self._maxima(query_BD.contiguous())
@@ -87,6 +94,21 @@ class GroupedTopK:
         score_BK, place_BK = score_BCS.flatten(1).topk(k)
         item_BK = group_BC.gather(1, place_BK // self._group) * self._group + place_BK % self._group
         return item_BK.masked_fill_(score_BK == float("-inf"), PAD), score_BK
+
+    @property
+    def keys(self) -> Keys:
+        """What queries are multiplied with."""
+        return self._keys
+
+    def scores(self, query_BD: Tensor) -> Tensor:
+        """Of all items, as `top` knows them: float32 (B, I), -inf for padding. To measure with, it holds a copy."""
+        key_ID, scale_I = self._keys.key_ID, self._keys.scale_I
+        rounded_BD = query_BD.to(torch.bfloat16) if key_ID.is_cuda else query_BD
+        score_BI = rounded_BD.float() @ key_ID.float().t()
+        if scale_I is not None:
+            score_BI *= scale_I
+        score_BI[:, PAD] = float("-inf")
+        return score_BI
 
     def _maxima(self, query_BD: Tensor) -> Tensor:
         if query_BD.is_cuda:
