@@ -408,7 +408,7 @@ def run(bench: Bench, folder: Path, parts: Sequence[str]) -> bool:
         for work in works[part]:
             try:
                 work()
-            except Exception:  # device time is dear
+            except Exception:  # noqa: BLE001 - device time is dear
                 traceback.print_exc()
                 whole = False
     return whole
