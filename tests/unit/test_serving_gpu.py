@@ -167,6 +167,18 @@ def test_groups_find_what_the_product_of_all_finds() -> None:
     np.testing.assert_allclose(plain.score_BK[:, :12], grouped.score_BK[:, :12], rtol=1e-5)
 
 
+def test_groups_are_asked_once_for_all_that_kernels_differ_by() -> None:
+    asked = []
+
+    class Noting(GroupedTopK):
+        def top(self, query_BD: torch.Tensor, k: int, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            asked.append((len(query_BD), k))
+            return super().top(query_BD, k, *rest)
+
+    gpu.warm_up(Noting(Keys.of(network_of())), torch.zeros(64, WIDTH))
+    assert {(1, 16), (15, 16), (16, 16), (31, 16), (32, 16), (63, 16), (64, 16), (1, 17)} <= set(asked)
+
+
 def test_groups_end_a_row_that_has_fewer_items() -> None:
     network, past = network_of(), past_of(1, LENGTH)
     blocked = np.arange(1, ITEMS - 4)  # all but five

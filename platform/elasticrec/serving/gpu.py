@@ -60,6 +60,12 @@ def device_of(num_gpus: float) -> torch.device:
     return torch.device("cuda")
 
 
+def require_healthy(device: torch.device) -> None:
+    """Raises RuntimeError after an error of CUDA that no further work of this process survives."""
+    if device.type == "cuda":
+        torch.cuda.current_stream().query()
+
+
 @contextlib.contextmanager
 def loading(device: torch.device) -> Iterator[None]:
     """On a GPU, a stream of its own for the block, whose work is over when the block ends."""
@@ -82,7 +88,7 @@ def move(network: Network, device: torch.device, most_rows: int) -> Resident | N
         return None
     network.to(device)
     fix_shapes(network)
-    return Resident(queries=_recorded(network, most_rows), top=_grouped(network))
+    return Resident(queries=_recorded(network, most_rows), top=_grouped(network, most_rows))
 
 
 def fix_shapes(network: Network) -> None:
@@ -228,8 +234,21 @@ def _recorded(network: Network, most_rows: int) -> RecordedQueries | None:
         return None
 
 
-def _grouped(network: Network) -> GroupedTopK | None:
+def _grouped(network: Network, most_rows: int) -> GroupedTopK | None:
     width = network.config.encoder.width
     if network.n_items < GROUPED_FROM or width < _LEAST_WIDTH or width & (width - 1):
         return None
-    return GroupedTopK(Keys.of(network))
+    top = GroupedTopK(Keys.of(network))
+    warm_up(top, torch.zeros(most_rows, width, device=network.device))
+    return top
+
+
+def warm_up(top: GroupedTopK, query_BD: Tensor) -> None:
+    """Asks once for every number of queries and groups that kernels are compiled apart for: no request waits for that.
+
+    Triton makes other code for other powers of two, for one, and for multiples of 16.
+    """
+    none_N = torch.zeros(0, dtype=torch.int64)
+    for rows in sorted({max(1, size - less) for size in sizes(len(query_BD)) for less in (0, 1)}):
+        top.top(query_BD[:rows], 16, none_N, none_N)
+    top.top(query_BD[:1], 17, none_N, none_N)

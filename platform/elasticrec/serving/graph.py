@@ -39,7 +39,7 @@ from elasticrec.serving.auth import KeyRing, require_loopback
 from elasticrec.serving.deadline import left_s
 from elasticrec.serving.events import EventStore, SeedConfig, seed_from
 from elasticrec.serving.gateway import Service, create_app, in_thread
-from elasticrec.serving.gpu import device_of, loading, move
+from elasticrec.serving.gpu import device_of, loading, move, require_healthy
 from elasticrec.serving.guard import Protection
 from elasticrec.serving.labels import rollout_of
 from elasticrec.serving.meter import Meter
@@ -143,6 +143,7 @@ class FusedReplica:
     """HTTP, events and model in one process: no hop."""
 
     def __init__(self, args: Args) -> None:
+        self._device = device_of(args.num_gpus)
         torch.set_num_threads(args.threads)  # Ray's OMP_NUM_THREADS follows num_cpus, which may be a fraction
         keys = _open_keys(args)
         events = _open_events(args, _most(args), args.num_cpus)
@@ -185,6 +186,9 @@ class FusedReplica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         return self._meter.stats()
 
+    def check_health(self) -> None:
+        require_healthy(self._device)
+
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
 
@@ -193,6 +197,7 @@ class ModelReplica:
     """Encode and retrieve for whole batches: arrays in, arrays out, by the version that the gateway names."""
 
     def __init__(self, args: Args) -> None:
+        self._device = device_of(args.num_gpus)
         torch.set_num_threads(args.threads)
         self._asked: Rollout | None = None
         self._scorers: Shelf[Scorer] = Shelf(
@@ -237,6 +242,9 @@ class ModelReplica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         return self._meter.stats()
+
+    def check_health(self) -> None:
+        require_healthy(self._device)
 
 
 class GatewayReplica:
