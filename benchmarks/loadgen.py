@@ -50,6 +50,7 @@ class Load:
         self.head = "".join(f"{name}: {value}\r\n" for name, value in plan.headers.items())
         self.requests = [self.request(plan.path, body) for body in plan.bodies]
         self.latency_ms: list[float] = []
+        self.answered_s: list[float] = []  # after `from_s`
         self.statuses: Counter[int] = Counter()
         self.degraded = 0
         self.failures: list[str] = []
@@ -113,6 +114,7 @@ class Connection(asyncio.Protocol):
         load, now_s = self._load, time.perf_counter()
         if now_s >= load.from_s:
             load.latency_ms.append(1e3 * (now_s - self._began_s))
+            load.answered_s.append(now_s - load.from_s)
             load.statuses[status] += 1
             load.degraded += b'"degraded":true' in body
             if status >= 400 and status != 429 and len(load.failures) < 1_000:
@@ -184,7 +186,15 @@ async def run(plan: Plan) -> dict[str, Any]:
         "statuses": {str(status): count for status, count in sorted(load.statuses.items())},
         "degraded": load.degraded, "failed": len(load.failures), "failures": load.failures[:5],
         "retried": load.retried, "acknowledged": load.acknowledged,
+        "p99_ms_by_second": _by_second(load.answered_s, load.latency_ms),
     }  # fmt: skip
+
+
+def _by_second(answered_s: list[float], latency_ms: list[float]) -> list[float]:
+    """The 99th percentile of what was answered in each second; 0 where nothing was."""
+    second, found_ms = np.asarray(answered_s).astype(int), np.asarray(latency_ms)
+    of_each = [found_ms[second == number] for number in range(second.max() + 1)] if len(second) else []
+    return [float(np.percentile(some_ms, 99)) if len(some_ms) else 0.0 for some_ms in of_each]
 
 
 class Echo(asyncio.Protocol):

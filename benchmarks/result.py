@@ -51,6 +51,11 @@ def publish(theme: str, rows: Sequence[dict[str, Any]], checks: Sequence[Check],
         print(
             f"{'holds' if check.holds else 'MISSED'}: {check.name}: {check.value:.4g} {check.unit} ({check.target:g})"
         )
+    keep(theme, rows, checks, file)
+
+
+def keep(theme: str, rows: Sequence[dict[str, Any]], checks: Sequence[Check], file: Path | None) -> None:
+    """Writes what is known so far when a file is asked for: a run that ends early leaves its rows."""
     if file:
         file.write_text(json.dumps(_envelope(theme, rows, checks), indent=2) + "\n", encoding="utf-8")
 

@@ -6,6 +6,7 @@ is time, which does not depend on them.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,9 +68,12 @@ class Scene:
         } | others
 
 
-def make_scene(folder: Path, versions: int = 2) -> Scene:
-    """Publishes versions 1 to `versions`; production is 1."""
-    prepare_dataset("ml-100k", folder / "data")
+def make_scene(folder: Path, versions: int = 2, data: Path | None = None) -> Scene:
+    """Publishes versions 1 to `versions`; production is 1. `data`: ML-100K as it was prepared, where no net is."""
+    if data is None:
+        prepare_dataset("ml-100k", folder / "data")
+    else:
+        shutil.copytree(data, folder / "data")
     store = open_store(folder / "data")
     registry = Registry(folder / "registry")
     for seed in range(versions):

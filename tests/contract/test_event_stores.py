@@ -149,6 +149,25 @@ def test_another_process_sees_an_event_at_once(where: str, store: EventStore) ->
     assert reader.returncode == 0
 
 
+def test_a_revision_is_another_one_after_whatever_any_process_changed(where: str, store: EventStore) -> None:
+    other, changes = open_events(where), 0
+    revision = store.revision()
+    for change in (
+        lambda: store.append([event("ann", "a")]),
+        lambda: other.append([event("ann", "b")]),
+        lambda: other.seed("data", [event("bob", "c")]),
+        lambda: other.erase("bob"),
+        lambda: other.erase("bob"),
+    ):
+        assert store.revision() == revision  # reading changes nothing
+        change()
+        store.history("ann", 10)
+        changes += revision != store.revision()
+        revision = store.revision()
+    other.close()
+    assert changes in (0 if revision is None else 4, 5)  # to erase nobody may change nothing
+
+
 def test_processes_that_start_and_write_at_once_lose_nothing(where: str) -> None:
     code = """
     for number in range(30):

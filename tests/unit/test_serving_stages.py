@@ -6,6 +6,8 @@
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -126,6 +128,30 @@ def test_who_has_no_known_history_gets_what_is_popular(recommender: Recommender,
     assert [item.score for item in answer.items] == [None] * 4
     assert answer.source == "popularity"
     assert "encode" not in answer.timings_ms
+
+
+def test_what_is_kept_of_a_user_ends_with_any_change_of_the_store(bundle: Bundle, tmp_path: Path) -> None:
+    here, there = (SqliteEventStore(SqliteConfig(path=tmp_path / "events.sqlite")) for _ in range(2))
+    here.append([StoredEvent(user_id="ann", item_id="i1", timestamp=0)])
+    reads: list[str] = []
+    history = here.history
+    here.history = lambda user, limit: reads.append(user) or history(user, limit)  # type: ignore[method-assign, func-returns-value]
+    model = Recommender(bundle, here)
+
+    def length(**wishes: Any) -> int:
+        return model.recommend([Request(k=3, user_id="ann", **wishes)])[0].history_length
+
+    assert [length(), length()] == [1, 1]
+    assert reads == ["ann"]
+    there.append([StoredEvent(user_id="ann", item_id="i2", timestamp=0)])
+    assert length() == 2
+    assert length(history=("i3",)) == 3
+    assert length() == 2
+    assert "i2" not in [item.item_id for item in model.recommend([Request(k=20, user_id="ann")])[0].items]
+    there.erase("ann")
+    assert model.recommend([Request(k=3, user_id="ann")])[0].source == "popularity"
+    here.close()
+    there.close()
 
 
 def test_unknown_items_of_a_history_are_passed_over(recommender: Recommender) -> None:

@@ -115,8 +115,8 @@ def _histories(n_items: int, max_length: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def _best(network: Network, past: Past) -> tuple[Int32, Float32]:
-    h_BD = network(History.of(past))[:, -1]
+    h_BD = network(History.of(past).to(network.device))[:, -1]
     score_BI = network.head.product(network.encoder.items)(network.head.query(h_BD)).float()
     score_BI[:, PAD] = float("-inf")
     score_BK, item_BK = score_BI.topk(min(BEST, score_BI.shape[1] - 1))
-    return item_BK.numpy().astype(np.int32), score_BK.numpy()
+    return item_BK.cpu().numpy().astype(np.int32), score_BK.cpu().numpy()

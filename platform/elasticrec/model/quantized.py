@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from elasticrec.model import integers
 
 _CHUNK_ROWS = 4096  # of width 64 to 256 as float32: 1 to 4 MB, about a core's cache
+_GPU_CHUNK_ROWS = 1 << 18  # a GPU is launched at once for so many
 _SMALLEST_LENGTH = 1e-12  # as in F.normalize, for the padding row
 
 
@@ -47,8 +48,9 @@ class ItemTable(nn.Module):
 
     def chunks(self) -> Iterator[Tensor]:
         """Some rows after the other, as stored: up to a factor for each, which `cosine` may leave out."""
-        for begin in range(0, len(self.stored), _CHUNK_ROWS):
-            yield self.stored[begin : begin + _CHUNK_ROWS]
+        step = _GPU_CHUNK_ROWS if self.stored.is_cuda else _CHUNK_ROWS
+        for begin in range(0, len(self.stored), step):
+            yield self.stored[begin : begin + step]
 
     @property
     def stored(self) -> Tensor:

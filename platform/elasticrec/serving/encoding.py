@@ -17,14 +17,18 @@ class Encoding:
 
     def __init__(self, setup: ModelSetup) -> None:
         self._network = setup.network
+        self._recorded = setup.resident and setup.resident.queries
 
     def encode(self, question: Question) -> Tensor:
-        """float32 (B, D)."""
+        """float32 (B, D), where the network is."""
+        device = self._network.device
         if question.past is not None:
-            return self._network.head.query(self._network.newest(History.of(question.past)))
+            if self._recorded:
+                return self._recorded.of(question.past)
+            return self._network.head.query(self._network.newest(History.of(question.past).to(device)))
         assert question.like_B is not None
-        item_B = torch.from_numpy(question.like_B)
+        item_B = torch.from_numpy(question.like_B).to(device)
         row_BD: Tensor = self._network.encoder.items(item_B)
         if question.like_BD is not None:
-            row_BD = torch.where((item_B == 0)[:, None], torch.from_numpy(question.like_BD), row_BD)
+            row_BD = torch.where((item_B == 0)[:, None], torch.from_numpy(question.like_BD).to(device), row_BD)
         return F.normalize(row_BD, dim=-1)

@@ -103,6 +103,10 @@ class EventStore(Protocol):
         where a search for more would take long."""
         ...
 
+    def revision(self) -> int | None:
+        """The same number means that nothing has changed since, by whatever process; none where that is not known."""
+        ...
+
     def erase(self, user_id: str) -> int:
         """Removes all events of a user, and keeps those of every data set that is seeded later away; number removed."""
         ...
@@ -188,6 +192,11 @@ class SqliteEventStore:
         with self._read_lock, self._telling():
             rows = self._reader.execute(query, {"prefix": prefix, "limit": limit}).fetchall()
         return [user_id for (user_id,) in rows]
+
+    def revision(self) -> int | None:
+        with self._read_lock, self._telling():  # of what other connections commit; this one never writes
+            (revision,) = self._reader.execute("PRAGMA data_version").fetchone()
+        return int(revision)
 
     def erase(self, user_id: str) -> int:
         with self._write_lock, self._telling():

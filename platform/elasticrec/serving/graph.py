@@ -39,6 +39,7 @@ from elasticrec.serving.auth import KeyRing, require_loopback
 from elasticrec.serving.deadline import left_s
 from elasticrec.serving.events import EventStore, SeedConfig, seed_from
 from elasticrec.serving.gateway import Service, create_app, in_thread
+from elasticrec.serving.gpu import device_of, loading, move, require_healthy
 from elasticrec.serving.guard import Protection
 from elasticrec.serving.labels import rollout_of
 from elasticrec.serving.meter import Meter
@@ -47,12 +48,13 @@ from elasticrec.serving.placement import require_one_host
 from elasticrec.serving.prior import PriorConfig
 from elasticrec.serving.question import Candidates, Question
 from elasticrec.serving.rate import Rate, RateConfig, read_limits
+from elasticrec.serving.recommend_routes import BULK_USERS
 from elasticrec.serving.recommender import Recommender, SplitRecommender, make_scorer
 from elasticrec.serving.rollout import Rollout
 from elasticrec.serving.scorer import Scorer
 from elasticrec.serving.search import SearchConfig
 from elasticrec.serving.selfcheck import SelfCheck, check
-from elasticrec.serving.setup import StagesConfig, check_stages
+from elasticrec.serving.setup import ModelSetup, StagesConfig, check_stages
 from elasticrec.serving.shelf import Shelf
 from elasticrec.serving.stores import absolute, is_shared, open_events, open_items
 from elasticrec.serving.versions import Loaded, Versions
@@ -92,6 +94,7 @@ class Args(BaseModel):
     search_taste: float = Field(default=0.3, ge=0, le=1, description="what taste counts beside the text of a search")
     threads: int = Field(default=1, ge=1, le=256, description="threads of torch in each model replica")
     num_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a model replica")
+    num_gpus: float = Field(default=0.0, ge=0, le=64, description="share of a GPU for a model replica, 0.25; 0: none")
     gateway_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a gateway (split only)")
     label_selector: Annotated[dict[str, str], BeforeValidator(_parsed)] = Field(
         default={}, description='labels of nodes that replicas may lie on, {"kind": "gateway"}; empty: any node'
@@ -130,7 +133,7 @@ def app(args: Args) -> Application:
     versions = {"user_config": rollout_of(args.bundle).plain()}
     if placed.topology == "fused":
         options = _ingress_options(placed, placed.replicas, placed.num_cpus) | _scaling(placed) | versions
-        return _deploy(FusedReplica, options, placed)
+        return _deploy(FusedReplica, _with_gpus(options, placed), placed)
     model = _deploy(ModelReplica, _model_options(placed) | versions, placed)
     options = _ingress_options(placed, placed.gateways, placed.gateway_cpus) | versions
     return _deploy(GatewayReplica, options, placed, model)
@@ -140,6 +143,7 @@ class FusedReplica:
     """HTTP, events and model in one process: no hop."""
 
     def __init__(self, args: Args) -> None:
+        self._device = device_of(args.num_gpus)
         torch.set_num_threads(args.threads)  # Ray's OMP_NUM_THREADS follows num_cpus, which may be a fraction
         keys = _open_keys(args)
         events = _open_events(args, _most(args), args.num_cpus)
@@ -182,6 +186,9 @@ class FusedReplica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         return self._meter.stats()
 
+    def check_health(self) -> None:
+        require_healthy(self._device)
+
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
 
@@ -190,6 +197,7 @@ class ModelReplica:
     """Encode and retrieve for whole batches: arrays in, arrays out, by the version that the gateway names."""
 
     def __init__(self, args: Args) -> None:
+        self._device = device_of(args.num_gpus)
         torch.set_num_threads(args.threads)
         self._asked: Rollout | None = None
         self._scorers: Shelf[Scorer] = Shelf(
@@ -234,6 +242,9 @@ class ModelReplica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         return self._meter.stats()
+
+    def check_health(self) -> None:
+        require_healthy(self._device)
 
 
 class GatewayReplica:
@@ -302,10 +313,13 @@ def _protection(args: Args) -> Protection:
 
 
 def _checked_scorer(bundle: Bundle, args: Args, others_answer: bool) -> Scorer:
-    network = bundle.network()
-    # As the network answers by itself: a prior or a stage of somebody else may well change the answers.
-    check(bundle, network, Scorer(network), SelfCheck(max_latency_ms=args.max_latency_ms) if others_answer else None)
-    return make_scorer(bundle, args.how, network)
+    network, device = bundle.network(), device_of(args.num_gpus)
+    limits = SelfCheck(max_latency_ms=args.max_latency_ms) if others_answer else None
+    with loading(device):
+        resident = move(network, device, max(args.max_batch, BULK_USERS))
+        # As the network answers by itself: a prior or a stage of somebody else may well change the answers.
+        check(bundle, network, Scorer(network, ModelSetup(network=network, resident=resident)), limits)
+        return make_scorer(bundle, args.how, network, resident)
 
 
 def _place(args: Args) -> Args:
@@ -347,7 +361,13 @@ def _ingress_options(args: Args, replicas: int, num_cpus: float) -> dict[str, An
 
 def _model_options(args: Args) -> dict[str, Any]:
     calls = _BATCHES_PER_MODEL * args.gateways * _most(args)  # all batches there can be, in the worst case at one
-    return _options(args, args.replicas, args.num_cpus) | _scaling(args) | {"max_ongoing_requests": calls}
+    options = _options(args, args.replicas, args.num_cpus) | _scaling(args) | {"max_ongoing_requests": calls}
+    return _with_gpus(options, args)
+
+
+def _with_gpus(options: dict[str, Any], args: Args) -> dict[str, Any]:
+    """For replicas that hold the model."""
+    return options | {"ray_actor_options": options["ray_actor_options"] | {"num_gpus": args.num_gpus}}
 
 
 def _most(args: Args) -> int:

@@ -5,7 +5,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ from elasticrec.serving.setup import GatewaySetup
 
 _EVENTS_PER_POSITION: Final = 4  # stored events read for each position: so many may be of items not known to the model
 _NO_ITEMS: Final = np.zeros(0, dtype=np.int32)
+_KEPT_USERS: Final = 20_000  # at most some 2 kB each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,12 +93,14 @@ class Histories:
         self._encoder = setup.encoder
         self._remove_seen = setup.remove_seen
         self._type_of = {name: place for place, name in enumerate(_event_types(setup.encoder))}
+        self._kept = _Kept()
 
     def prepare(self, requests: Sequence[Request]) -> Prepared:
         """Raises EventStoreError or ItemStoreError when histories or items cannot be read."""
         started_s = time.perf_counter()
         view = self._assortment.view()
-        backgrounds = tuple(self._background(request, view) for request in requests)
+        kept = self._kept = self._kept.at(self._events.revision(), view)
+        backgrounds = tuple(self._background(request, view, kept) for request in requests)
         known = [background for background in backgrounds if len(background.items) and background.request.like is None]
         likes = [background for background in backgrounds if background.request.like is not None]
         return Prepared(
@@ -108,11 +111,11 @@ class Histories:
             history_ms=1e3 * (time.perf_counter() - started_s),
         )
 
-    def _background(self, request: Request, view: View) -> Background:
+    def _background(self, request: Request, view: View, kept: "_Kept") -> Background:
         if request.like is not None:
             events, blocked = UserEvents(item_S=_NO_ITEMS), view.indices([request.like, *request.exclude])
         else:
-            events, blocked = self._read(request, view)
+            events, blocked = kept.read(request, lambda: self._read(request, view))
         if not (request.item_boosts or request.category_boosts or request.filters or request.only is not None):
             return Background(request=request, events=events, blocked=blocked)
         bonus_item_M, bonus_M = _bonuses(request, view)
@@ -160,6 +163,35 @@ class Histories:
     def _question(self, known: Sequence[Background], view: View) -> Question:
         past = right_align([background.events for background in known], self._encoder.inputs, int(time.time()))
         return Question(past=past, **_selection(known, view))
+
+
+class _Kept:
+    """What was read of users, as long as nothing changes: in the event store, by any process, or in the assortment.
+
+    A change begins a new one. So a thread that reads while it comes can only put what is newer into an old one.
+    """
+
+    def __init__(self, revision: int | None = None, view: View | None = None) -> None:
+        self._revision, self._view = revision, view
+        self._read: dict[tuple[str, bool | None], tuple[UserEvents, Int32]] = {}
+
+    def at(self, revision: int | None, view: View) -> "_Kept":
+        """This one, or a new one where anything may have changed."""
+        if revision is not None and revision == self._revision and view is self._view:
+            return self
+        return _Kept(revision, view)
+
+    def read(self, request: Request, read: Callable[[], tuple[UserEvents, Int32]]) -> tuple[UserEvents, Int32]:
+        """What `read` gives, or gave for the same user; only of requests that bring nothing of their own."""
+        if self._revision is None or request.user_id is None or request.history or request.exclude:
+            return read()
+        key = (request.user_id, request.remove_seen)
+        found = self._read.get(key)
+        if found is None:
+            found = read()
+            if len(self._read) < _KEPT_USERS:
+                self._read[key] = found
+        return found
 
 
 def _likes(likes: Sequence[Background], view: View) -> Question:

@@ -39,7 +39,7 @@ class Ranker:
             exact_BK = head.product_of(items, query_BD, item_BK)
             prior_I = None if self._prior is None else self._prior.of_all()
             if prior_I is not None:
-                exact_BK += torch.from_numpy(prior_I)[item_BK]
+                exact_BK += torch.from_numpy(prior_I).to(item_BK.device)[item_BK]
             if len(question.bonus_M):
                 exact_BK += _bonuses(item_BK, question, self._network.n_items + 1)
         exact_BK.masked_fill_(score_BK == float("-inf"), float("-inf"))
@@ -51,7 +51,8 @@ def _bonuses(item_BK: Tensor, question: Question, items: int) -> Tensor:
     """The bonuses of the candidates: float32 (B, K)."""
     key_M = question.bonus_row_M * items + question.bonus_item_M
     order_M = np.argsort(key_M)
-    key_BK = np.arange(len(item_BK))[:, None] * items + item_BK.numpy()
+    key_BK = np.arange(len(item_BK))[:, None] * items + item_BK.cpu().numpy()
     place_BK = np.minimum(np.searchsorted(key_M, key_BK, sorter=order_M), len(key_M) - 1)
     found_BK = order_M[place_BK]
-    return torch.from_numpy(np.where(key_M[found_BK] == key_BK, question.bonus_M[found_BK], np.float32(0)))
+    bonus_BK = np.where(key_M[found_BK] == key_BK, question.bonus_M[found_BK], np.float32(0))
+    return torch.from_numpy(bonus_BK).to(item_BK.device)

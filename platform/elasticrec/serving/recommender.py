@@ -14,6 +14,7 @@ from elasticrec.model.network import AnyEncoder, Network, NetworkConfig
 from elasticrec.serving.assortment import Assortment, Embed
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.events import EventStore
+from elasticrec.serving.gpu import Resident
 from elasticrec.serving.history import Prepared, Request
 from elasticrec.serving.items import ItemStore
 from elasticrec.serving.postprocess import Postprocess, Recommendation
@@ -137,11 +138,13 @@ class Gateway:
         return self._fallback.popular(self.prepare(requests))
 
 
-def make_scorer(bundle: Bundle, config: StagesConfig, network: Network | None = None) -> Scorer:
-    """The stages beside the network; `network`: of the bundle, where it is loaded."""
+def make_scorer(
+    bundle: Bundle, config: StagesConfig, network: Network | None = None, resident: Resident | None = None
+) -> Scorer:
+    """The stages beside the network; `network`: of the bundle, where it is loaded, and what it has on a GPU."""
     network = network or bundle.network()
     prior = _prior(Catalogue(bundle.items()), config) if config.prior.matters else None
-    return Scorer(network, ModelSetup(network=network, prior=prior), config)
+    return Scorer(network, ModelSetup(network=network, prior=prior, resident=resident), config)
 
 
 def version_name(bundle: Bundle) -> str:

@@ -156,6 +156,9 @@ class RedisEventStore:
         with self._telling():
             self._acknowledged(self._append, keys, arguments)
 
+    def revision(self) -> int | None:
+        return None
+
     def history(self, user_id: str, limit: int) -> list[str]:
         return [event.item_id for event in self.newest(user_id, limit)]
 

@@ -14,6 +14,7 @@ from elasticrec.errors import ConfigError, suggestion
 from elasticrec.model.network import AnyEncoder, Network
 from elasticrec.serving.assortment import Assortment
 from elasticrec.serving.events import EventStore
+from elasticrec.serving.gpu import Resident
 from elasticrec.serving.prior import Prior, PriorConfig
 
 STAGES: Final = {  # name: (our class, its method)
@@ -46,10 +47,11 @@ class StagesConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSetup:
-    """For the stages beside the network: encode, retrieve, rank."""
+    """For the stages beside the network: encode, retrieve, rank. Tensors lie where the network does."""
 
     network: Network
     prior: Prior | None = None
+    resident: Resident | None = None  # on a GPU: what answers quickly there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
