@@ -3,8 +3,8 @@
     python -m benchmarks.sync --store STORE [--quick] [--only KIND ...] [--json FILE]
     python -m benchmarks.sync --store STORE --work FOLDER --groups 4 --train-only    # first, where there are more cores
 
-Four gloo processes on this machine, each with one thread. Kinds that are compared by their NDCG train with three seeds;
-finished trainings are kept under `--work`, on whichever machine they ran. Steps are then timed in a network namespace
+Four gloo processes on this machine, each with one thread. Kinds that are compared by their NDCG train with three seeds and
+two learning rates, of which validation chooses; finished trainings are kept under `--work`, on whichever machine they ran. Steps are then timed in a network namespace
 (root is needed). The slow link is the kernel's token bucket (tc tbf) on that namespace's loopback: 200 Mbit/s for all
 four together, no added delay (tc netem is not in every kernel). The bytes that the kernel counted there stand beside
 those that each kind counts itself.
@@ -61,6 +61,7 @@ WORKERS = 4
 SLOW_LINK = "rate 200mbit burst 256kb latency 2s"
 TARGET = 0.95  # of the best validation NDCG@10 that AllReduce reaches
 COMPARED = ("all_reduce", "local_sgd", "diloco", "gossip")  # by their NDCG, so with several seeds
+RATES = (2e-3, 4e-3)  # workers that step on their own gradients, of fewer users each, want another than those that sum
 PAUSE_S, WARM_STEPS, NEVER = 2.0, 4, 1_000_000
 KINDS: dict[str, AnySync] = {
     "all_reduce": AllReduce(),
@@ -299,6 +300,7 @@ def row(
         "slow step ms": 1e3 * slow[0]["step_s"],
         "target s": steps * plain[0]["step_s"],
         "slow target s": steps * slow[0]["step_s"],
+        "learning rate": firsts[0]["learning_rate"],
         "seeds": len(runs),
         "validation": statistics.mean(first["validation"] for first in firsts),
         "test": statistics.mean(test),
@@ -373,15 +375,27 @@ def trainings(
 ) -> dict[str, list[list[dict[str, Any]]]]:
     """For each kind and seed what each worker found; so many groups of four processes at a time."""
     trials = [
-        Trial(kind=kind, epochs=epochs, seed=seed)
+        Trial(kind=kind, epochs=epochs, seed=seed, learning_rate=rate)
         for seed in range(seeds)
         for kind in kinds
-        if seed == 0 or kind in COMPARED
+        for rate in RATES
+        if kind in COMPARED or (seed == 0 and rate == RATES[0])
     ]
     with ThreadPoolExecutor(groups) as pool:
         found = list(pool.map(lambda trial: trained(store, trial, folder), trials))
-    pairs = list(zip(trials, found, strict=True))
-    return {kind: [workers for trial, workers in pairs if trial.kind == kind] for kind in kinds}
+    return {kind: _best_rate(kind, list(zip(trials, found, strict=True))) for kind in kinds}
+
+
+def _best_rate(kind: str, pairs: list[tuple[Trial, list[dict[str, Any]]]]) -> list[list[dict[str, Any]]]:
+    """Of the trainings of a kind those with the rate that is best in validation, over all seeds."""
+    own = [(trial, workers) for trial, workers in pairs if trial.kind == kind]
+    by_rate = {
+        rate: [
+            [first | {"learning_rate": rate}, *others] for trial, (first, *others) in own if trial.learning_rate == rate
+        ]
+        for rate in {trial.learning_rate for trial, _ in own}
+    }
+    return max(by_rate.values(), key=lambda runs: statistics.mean(first["validation"] for first, *_ in runs))
 
 
 def _options() -> argparse.Namespace:

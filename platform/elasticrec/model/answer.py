@@ -65,6 +65,8 @@ class Answerer:
         """
         if config.capture and network.device.type != "cuda":
             raise ConfigError(f"capture needs a GPU and the network is on '{network.device}'; leave it out")
+        if config.capture and any(isinstance(layer, Sparse24Linear) for layer in network.modules()):
+            raise ConfigError("a graph of 2:4 sparse layers has answered otherwise than its kernels; leave capture out")
         self._network, self._config = network, config
         self._topk = GroupedTopK(Keys.of(network))
         self._products = torch.bfloat16 if config.products == "bfloat16" else torch.float32

@@ -19,7 +19,8 @@ def group_maxima(query_BD: Tensor, key_ID: Tensor, scale_I: Tensor | None, group
     tile = max(tile * TUNED_WIDTH // max(TUNED_WIDTH, key_ID.shape[1]), group)  # what shared memory holds
     groups = triton.cdiv(len(key_ID), group)
     maximum_BG = torch.empty(len(query_BD), groups, device=query_BD.device)
-    queries = min(MOST_QUERIES, max(16, triton.next_power_of_2(len(query_BD))))
+    most = MOST_QUERIES * TUNED_WIDTH // max(TUNED_WIDTH, key_ID.shape[1])
+    queries = min(most, max(16, triton.next_power_of_2(len(query_BD))))
     _maxima[(triton.cdiv(len(key_ID), tile),)](
         query_BD, key_ID, key_ID if scale_I is None else scale_I, maximum_BG, len(query_BD), len(key_ID), groups,
         D=query_BD.shape[1], QUERIES=queries, TILE=tile, GROUP=group, SCALED=scale_I is not None, num_warps=warps,

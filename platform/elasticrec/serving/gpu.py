@@ -28,6 +28,7 @@ from elasticrec.model.history import History
 from elasticrec.model.hstu import HSTUBlock
 from elasticrec.model.network import Network
 from elasticrec.model.sasrec import SASRecBlock
+from elasticrec.model.sparse import Sparse24Linear
 from elasticrec.model.topk import GroupedTopK, Keys
 
 GROUPED_FROM: Final = 200_000  # items; below, the product of all is as quick and exact by itself
@@ -227,6 +228,8 @@ def _recorded(network: Network, most_rows: int) -> RecordedQueries | None:
     blocks = network.encoder.blocks if isinstance(network.encoder, Encoder) else ()
     if not all(isinstance(block, Block | HSTUBlock | SASRecBlock) for block in blocks):
         return None  # a block of somebody else may look at its data, which no recording can
+    if any(isinstance(layer, Sparse24Linear) for layer in network.modules()):
+        return None  # a graph of these has answered otherwise than its kernels on an H100
     try:
         return RecordedQueries(network, most_rows)
     except RuntimeError as error:
