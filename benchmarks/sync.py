@@ -3,11 +3,11 @@
     python -m benchmarks.sync --store STORE [--quick] [--only KIND ...] [--json FILE]
     python -m benchmarks.sync --store STORE --work FOLDER --groups 4 --train-only    # first, where there are more cores
 
-Four gloo processes on this machine, each with one thread. Kinds that are compared by their NDCG train with three seeds and
-two learning rates, of which validation chooses; finished trainings are kept under `--work`, on whichever machine they ran. Steps are then timed in a network namespace
-(root is needed). The slow link is the kernel's token bucket (tc tbf) on that namespace's loopback: 200 Mbit/s for all
-four together, no added delay (tc netem is not in every kernel). The bytes that the kernel counted there stand beside
-those that each kind counts itself.
+Four gloo processes on this machine, each with one thread. Kinds that are compared by their NDCG train with three seeds
+and two learning rates, of which validation chooses; finished trainings are kept under `--work`, on whichever machine
+they ran. Steps are then timed in a network namespace (root is needed). The slow link is the kernel's token bucket (tc
+tbf) on that namespace's loopback: 200 Mbit/s for all four together, no added delay (tc netem is not in every kernel).
+The bytes that the kernel counted there stand beside those that each kind counts itself.
 """
 
 import argparse
