@@ -96,7 +96,7 @@ def cases(counts: Iterable[int], kinds: Iterable[str]) -> list[Case]:
 
 def size_of(chosen: argparse.Namespace, gpus: int) -> Size:
     """Of 8 blocks, with the same users for each GPU."""
-    whole = replace(TINY, steps=48) if chosen.quick else replace(FULL, blocks=8, batch_users=512, steps=160)
+    whole = replace(TINY, steps=48) if chosen.quick else replace(FULL, blocks=8, batch_users=512, steps=256)
     return replace(whole, batch_users=gpus * whole.batch_users, meet_every=8 if chosen.quick else MEET_EVERY)
 
 
