@@ -26,7 +26,7 @@ import redis
 
 from benchmarks.loadgen import Plan
 from benchmarks.result import Check, options, publish
-from benchmarks.scene import Scene, load, loading, make_scene, outcome, registry_command
+from benchmarks.scene import Scene, load, loading, make_scene, registry_command
 from elasticrec.cli.local_cluster import LocalCluster, LocalClusterConfig, local_cluster
 from elasticrec.cli.service import deploy
 
@@ -194,14 +194,14 @@ def overload(site: Site, seconds: float) -> dict[str, Any]:
 def soak(site: Site, seconds: float) -> tuple[dict[str, Any], float]:
     """The constant load, and how replicas grow meanwhile: MB a minute, of the worst one, after a fifth to settle."""
     samples: dict[int, list[tuple[float, float]]] = {}
-    with loading(site.plan("soak", seconds)) as process:
+    with loading(site.plan("soak", seconds)) as generator:
         started_s = time.monotonic()
         pids = site.pids("FusedReplica")
         while time.monotonic() - started_s < seconds:
             for pid in pids:
                 samples.setdefault(pid, []).append((time.monotonic() - started_s, _resident_mb(pid)))
             time.sleep(1)
-        found = outcome(process)
+        found = generator.outcome()
     slopes = []
     for series in samples.values():
         at_s, mb = np.array([pair for pair in series if pair[0] > seconds / 5]).T
@@ -284,6 +284,7 @@ def checks(rows: list[dict[str, Any]], slope_mb: float) -> list[Check]:
 
 def main() -> None:
     chosen = options(__doc__ or "")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends too
     with tempfile.TemporaryDirectory(prefix="er-faults-") as scratch, site_of(Path(scratch)) as site:
         rows, slope_mb = run(site, chosen.quick)
     for row in rows:

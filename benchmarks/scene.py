@@ -10,12 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import torch
@@ -88,35 +89,43 @@ def make_scene(folder: Path, versions: int = 2, data: Path | None = None) -> Sce
     return Scene(folder=folder, bodies=[json.dumps({"user_id": user, "k": 10}) for user in users], key=key)
 
 
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """A generator at work, and the file that it tells its outcome in: a pipe that is read late loses what it held."""
+
+    process: subprocess.Popen[str]
+    told: IO[str]
+
+    def outcome(self) -> dict[str, Any]:
+        """What the generator tells; waits for its end."""
+        if self.process.wait() != 0:
+            raise RuntimeError(f"the load generator ended with {self.process.returncode}")
+        self.told.seek(0)
+        found: dict[str, Any] = json.load(self.told)
+        return found
+
+
 @contextmanager
-def loading(plan: Plan) -> Iterator[subprocess.Popen[str]]:
-    """The generator in its own process, while the block runs; `outcome` waits for it."""
-    command = [sys.executable, "-m", "benchmarks.loadgen"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(asdict(plan)))
-    process.stdin.close()
-    try:
-        yield process
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        if process.stdout is not None and process.poll() is not None:
+def loading(plan: Plan) -> Iterator[Loading]:
+    """The generator in its own process, while the block runs."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as told:
+        command = [sys.executable, "-m", "benchmarks.loadgen"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=told, text=True)
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(asdict(plan)))
+        process.stdin.close()
+        try:
+            yield Loading(process, told)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
             process.wait()
 
 
-def outcome(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    """What the generator tells at its end."""
-    assert process.stdout is not None
-    found: dict[str, Any] = json.loads(process.stdout.read())
-    process.wait(timeout=60)
-    return found
-
-
 def load(plan: Plan) -> dict[str, Any]:
-    with loading(plan) as process:
-        return outcome(process)
+    with loading(plan) as generator:
+        return generator.outcome()
 
 
 @contextmanager
