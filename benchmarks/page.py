@@ -35,11 +35,12 @@ def results(folder: Path) -> str:
 
 
 def section(name: str, result: dict[str, Any]) -> str:
-    """Targets with what was reached, then the rows, then how it was measured."""
+    """Targets with what was reached, then the rows, what is to be known of them, and how it was measured."""
     checks = [[_verdict(check), check["name"], _reached(check), _target(check)] for check in result["checks"]]
     parts = [f"## {result['theme']}, {name.removeprefix(result['theme'] + '_')}"]
     parts += [_table(["", "target", "reached", "asked for"], checks)] if checks else []
     parts += [_table(list(result["rows"][0]), [list(row.values()) for row in result["rows"]])] if result["rows"] else []
+    parts += [result["note"]] if "note" in result else []  # what whoever filed it adds
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     parts += [
         f"{result['hardware']}; {result['date']}, commit {result['commit']}; {versions}. "

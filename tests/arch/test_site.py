@@ -37,6 +37,12 @@ def test_a_result_is_shown_with_what_was_missed_and_where_it_is_from() -> None:
     assert text.splitlines()[-1].startswith("x86_64, 2 cores; 2026-11-25, commit abc1234; ray 2.60.0. `python -m")
 
 
+def test_a_note_stands_before_where_a_result_is_from() -> None:
+    lines = section("speed_laptop", RESULT | {"note": "Cut off: two parts did not run."}).splitlines()
+    assert lines[-3] == "Cut off: two parts did not run."
+    assert lines[-1].startswith("x86_64, 2 cores")
+
+
 def test_every_file_of_results_has_its_section_and_figures() -> None:
     text = results(RESULTS)
     files = sorted(RESULTS.glob("*.json"))
