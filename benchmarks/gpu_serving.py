@@ -145,8 +145,10 @@ class Watch:
     def __enter__(self) -> "Watch":
         self._process: subprocess.Popen[str] | None = None
         if shutil.which("nvidia-smi"):
-            command = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits", "-lms"]
-            self._process = subprocess.Popen([*command, "200"], stdout=subprocess.PIPE, text=True)
+            card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            command = ["nvidia-smi", f"--id={card}", "--query-gpu=utilization.gpu,memory.used"]
+            command += ["--format=csv,noheader,nounits", "-lms", "200"]
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         return self
 
     def __exit__(self, *_: object) -> None:

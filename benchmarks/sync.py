@@ -93,15 +93,6 @@ class Trial:
         return f"{self.kind.replace(' ', '-')}-{self.epochs}-{self.seed}-{digest}"
 
 
-def second_moment(kind: str) -> float:
-    """AdamW's second decay: its half-life is the same number of users, whoever's gradients a worker steps on.
-
-    One that steps on its own alone sees a quarter of them a step (arXiv 2507.07101 keeps the half-life in tokens).
-    """
-    own = isinstance(KINDS[kind], LocalSGD | Gossip | AsyncAverage)
-    return 0.98 ** (1 / WORKERS if own else 1)
-
-
 def run_config(store: Path, storage: Path, trial: Trial) -> RunConfig:
     """A small network, so that four processes get through it on two cores; the split does not follow their speed."""
     steps = trial.epochs * 30
@@ -114,7 +105,6 @@ def run_config(store: Path, storage: Path, trial: Trial) -> RunConfig:
         plan=PlanConfig(batch_users=32, shards=WORKERS, seed=trial.seed),
         optimizer=OptimizerConfig(
             learning_rate=trial.learning_rate,
-            betas=(0.9, second_moment(trial.kind)),
             warmup_steps=min(50, steps // 4),
             ema_decay=0.99 if trial.epochs > 10 else 0.9,
         ),
