@@ -137,7 +137,7 @@ SYNCHRONISERS = {
     ),
     "local_sgd": Synchroniser(config=LocalSGD(every=3), sent=every(3), worlds=(1, 2, 3), lead=(1, 1)),
     "local_sgd_bfloat16": Synchroniser(
-        config=LocalSGD(every=3, message="bfloat16"), sent=every(3, share=2), worlds=(1, 2, 3), keeps_mean=False
+        config=LocalSGD(every=3, message="bfloat16"), sent=every(3, share=2), worlds=(2,), keeps_mean=False
     ),
     "diloco": Synchroniser(
         config=LocalSGD(every=3, outer=Nesterov()), sent=every(3), worlds=(1, 2, 3), keeps_mean=False, alone=False
