@@ -274,10 +274,10 @@ def assert_true_to_life(watched: Watched) -> None:
 
 
 def assert_over(watched: Watched) -> None:
-    """A run that has ended leaves its counters, and nothing that an alert looks at."""
+    """A run that has ended leaves its counters, for as long as its process lives, and nothing that an alert looks at."""
     looked_at = [rules.alert(name).value for name in ("ElasticrecTrainingStalls", "ElasticrecCheckpointOld")]
     deadline_s = time.monotonic() + PATIENCE_S
     while any(map(watched.values, looked_at)) and time.monotonic() < deadline_s:
         time.sleep(1)
     assert {value: watched.values(value) for value in looked_at} == {value: [] for value in looked_at}
-    assert watched.values(series.TRAIN_TOKENS.select(run="watched"))
+    assert watched.values(f"last_over_time({series.TRAIN_TOKENS.select(run='watched')}[5m])")
