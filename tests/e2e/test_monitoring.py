@@ -274,7 +274,7 @@ def assert_true_to_life(watched: Watched) -> None:
 
 
 def assert_over(watched: Watched) -> None:
-    """A run that has ended leaves its counters, for as long as its process lives, and nothing that an alert looks at."""
+    """A run that has ended leaves its counters, while its process lives, and nothing that an alert looks at."""
     looked_at = [rules.alert(name).value for name in ("ElasticrecTrainingStalls", "ElasticrecCheckpointOld")]
     deadline_s = time.monotonic() + PATIENCE_S
     while any(map(watched.values, looked_at)) and time.monotonic() < deadline_s:
