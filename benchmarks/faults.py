@@ -26,7 +26,7 @@ import redis
 
 from benchmarks.loadgen import Plan
 from benchmarks.result import Check, options, publish
-from benchmarks.scene import Scene, load, loading, make_scene, registry_command
+from benchmarks.scene import Scene, load, loading, make_scene, pids_of, registry_command, wait_running
 from elasticrec.cli.local_cluster import LocalCluster, LocalClusterConfig, local_cluster
 from elasticrec.cli.service import deploy
 
@@ -75,10 +75,7 @@ class Site:
         os.kill(self.pids(class_name)[0], signal.SIGKILL)
 
     def pids(self, class_name: str) -> list[int]:
-        place = "/api/v0/actors?filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&limit=10000&detail=1"
-        answer = httpx.get(self.cluster.dashboard_url + place, timeout=30, trust_env=False).json()
-        actors = answer["data"]["result"]["result"]
-        return [int(actor["pid"]) for actor in actors if class_name in actor["class_name"]]
+        return pids_of(self.cluster, class_name)
 
     def scale(self, replicas: int) -> None:
         with httpx.Client(base_url=self.cluster.dashboard_url, timeout=60, trust_env=False) as api:
@@ -94,16 +91,7 @@ class Site:
         self.wait(replicas)
 
     def wait(self, replicas: int) -> None:
-        deadline_s = time.monotonic() + 120
-        while time.monotonic() < deadline_s:
-            with contextlib.suppress(httpx.HTTPError, KeyError):
-                place = f"{self.cluster.dashboard_url}/api/serve/applications/"
-                found = httpx.get(place, timeout=30, trust_env=False).json()["applications"]["recommender"]
-                states = [one["state"] for one in found["deployments"]["FusedReplica"]["replicas"]]
-                if states == ["RUNNING"] * replicas:
-                    return
-            time.sleep(0.5)
-        raise RuntimeError(f"there are not {replicas} replicas within 120 s")
+        wait_running(self.cluster, replicas)
 
     def restart_store(self) -> None:
         self.store.kill()

@@ -34,7 +34,7 @@ import torch
 
 from benchmarks.loadgen import Plan
 from benchmarks.result import Check, keep
-from benchmarks.scene import NAME, Scene, load, make_scene, registry_command
+from benchmarks.scene import NAME, Scene, load, make_scene, pids_of, registry_command, wait_running
 from elasticrec.artifact.bundle import open_bundle, write_bundle
 from elasticrec.cli.local_cluster import LocalCluster, LocalClusterConfig, free_port, local_cluster
 from elasticrec.cli.service import deploy
@@ -299,27 +299,6 @@ def faults(bench: Bench) -> None:
             wait_running(bench.cluster, 2)
 
         _none_failed(bench, "replica SIGKILL", disturbed(bench, "replica SIGKILL", kill, size.kill_s))
-
-
-def pids_of(cluster: LocalCluster, class_name: str) -> list[int]:
-    """Processes of the live actors of a class."""
-    wanted = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&limit=10000&detail=1"
-    answer = httpx.get(f"{cluster.dashboard_url}/api/v0/actors?{wanted}", timeout=30, trust_env=False).json()
-    return [int(one["pid"]) for one in answer["data"]["result"]["result"] if class_name in one["class_name"]]
-
-
-def wait_running(cluster: LocalCluster, replicas: int) -> None:
-    """Until so many fused replicas run."""
-    deadline_s = time.monotonic() + 120
-    while time.monotonic() < deadline_s:
-        with suppress(httpx.HTTPError, KeyError):
-            place = f"{cluster.dashboard_url}/api/serve/applications/"
-            found = httpx.get(place, timeout=30, trust_env=False).json()["applications"]["recommender"]
-            states = [one["state"] for one in found["deployments"]["FusedReplica"]["replicas"]]
-            if states == ["RUNNING"] * replicas:
-                return
-        time.sleep(0.5)
-    raise RuntimeError(f"there are not {replicas} replicas within 120 s")
 
 
 def _none_failed(bench: Bench, what: str, found: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -160,6 +160,27 @@ def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s:
             pass
         time.sleep(0.2)
     raise RuntimeError(f"nothing answers on {url}; the log ends: {log.read_text()[-2_000:]}")
+
+
+def pids_of(cluster: LocalCluster, class_name: str) -> list[int]:
+    """Processes of the live actors of a class."""
+    wanted = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&limit=10000&detail=1"
+    answer = httpx.get(f"{cluster.dashboard_url}/api/v0/actors?{wanted}", timeout=30, trust_env=False).json()
+    return [int(one["pid"]) for one in answer["data"]["result"]["result"] if class_name in one["class_name"]]
+
+
+def wait_running(cluster: LocalCluster, replicas: int, timeout_s: float = 120) -> None:
+    """Until so many fused replicas run, and no other."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        with suppress(httpx.HTTPError, KeyError):
+            place = f"{cluster.dashboard_url}/api/serve/applications/"
+            found = httpx.get(place, timeout=30, trust_env=False).json()["applications"]["recommender"]
+            states = [one["state"] for one in found["deployments"]["FusedReplica"]["replicas"]]
+            if states == ["RUNNING"] * replicas:
+                return
+        time.sleep(0.5)
+    raise RuntimeError(f"there are not {replicas} replicas within {timeout_s:g} s")
 
 
 def ceiling_per_s(connections: int, seconds: float) -> float:

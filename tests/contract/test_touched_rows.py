@@ -179,10 +179,11 @@ def test_two_workers_follow_the_curve_of_one(alone: dict[str, Loop], two: Path) 
     states = [load_file(two / f"fused-{rank}.safetensors") for rank in range(2)]
     assert different(*states) == []
     for name, tensor in fused.state().items():
-        rtol = 1e-2 if "exp_avg" in name else 0  # processors round differently, and one moment in 6,000 shows it
-        torch.testing.assert_close(
-            states[0][name], tensor, rtol=rtol, atol=2e-5, msg=lambda told, name=name: f"{name}: {told}"
-        )
+        own = states[0][name]
+        if "exp_avg" in name:  # moments have the size of gradients, and small ones of large ones: compared as a whole
+            assert float((own - tensor).norm()) <= 1e-4 * float(tensor.norm()), name
+        else:
+            torch.testing.assert_close(own, tensor, rtol=0, atol=2e-5, msg=name)
 
 
 def test_in_exact_mode_two_workers_are_one_to_the_bit(alone: dict[str, Loop], two: Path) -> None:
