@@ -29,9 +29,17 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: setup ## the whole road on real data; KEEP=1 leaves the service up
 	@$(BIN)/elasticrec quickstart $(if $(KEEP),--keep)
 
-test: check ## everything .ci/run runs: check, then the whole test suite
+test: check ## everything .ci/run runs: check, then the rest of the test suite, in two runs at a time
 	@deploy/system.sh test
-	$(BIN)/python -m pytest
+	@# Tests of clusters mostly wait for processes to start; those of single functions take the time that is left.
+	@mkdir -p build; status=0; \
+	echo "test: tests/contract tests/golden tests/unit beside tests/cluster tests/e2e"; \
+	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -p no:cacheprovider tests/contract tests/golden tests/unit \
+		> build/functions.log 2>&1 & functions=$$!; \
+	$(BIN)/python -m pytest tests/cluster tests/e2e || status=1; \
+	wait $$functions || status=1; \
+	cat build/functions.log; \
+	exit $$status
 
 check: setup ## format, lint, types, import contracts, docs links, the docs as a site
 	$(BIN)/ruff format --check .

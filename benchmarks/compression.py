@@ -53,7 +53,7 @@ THREADS = 1  # of training; on two cores that others use too, a second one made 
 SMALL, LARGE = "ml-100k", "retailrocket"
 SESSIONS = 34_000  # of retailrocket; fewer would hold less than 30,000 items
 BUDGET = "ndcg@10>=0.99*teacher, bytes<=0.125*teacher, p50_ms<=0.5*teacher, p50_ms_b32<=0.5*teacher"
-WEIGHTS_ALONE = Int8Linear(activations="none")
+WEIGHTS_ALONE = Int8Linear(activations="none", memory="float32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

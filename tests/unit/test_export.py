@@ -52,7 +52,7 @@ ROWS: tuple[Recipe, ...] = (
     (PQTable(dims=4),),
     (LowRankTable(rank=8, keep="rows"), Int8Table()),
     (LowRankTable(rank=8, keep="rows"), PQTable(dims=2)),
-    (Int8Linear(activations="none"), Int4Table(keep="rows")),
+    (Int8Linear(activations="none", memory="float32"), Int4Table(keep="rows")),
 )
 
 

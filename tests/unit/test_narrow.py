@@ -142,7 +142,7 @@ def test_what_is_left_out_is_never_larger_than_what_stays() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 200])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int8_weights", "int4_weights", "fp8"])
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int8_weights", "int8_stored", "int4_weights", "fp8"])
 def test_what_a_gpu_is_asked_has_shapes_that_its_products_take(
     kind: LinearPrecision, wanted: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

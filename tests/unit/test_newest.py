@@ -18,9 +18,14 @@ from elasticrec.model.mean import MeanEncoderConfig
 from elasticrec.model.network import AnyEncoder, Network, NetworkConfig
 from elasticrec.model.sasrec import SASRecBlockConfig
 
+LAYERS: dict[LinearPrecision, Int8Linear] = {
+    "int8": Int8Linear(),
+    "int8_stored": Int8Linear(activations="none", memory="float32"),
+}
+
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("linear", ["float32", "int8"])
+@pytest.mark.parametrize("linear", ["float32", *LAYERS])
 @pytest.mark.parametrize(
     "encoder",
     [
@@ -39,8 +44,8 @@ def test_the_newest_vector_is_the_last_of_all(encoder: AnyEncoder, linear: Linea
     network = Network(NetworkConfig(encoder=encoder), 30).eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    if linear == "int8":
-        network = apply(Int8Linear(), network, cast(Workbench, None))
+    if linear != "float32":
+        network = apply(LAYERS[linear], network, cast(Workbench, None))
     for item_BT in ([[0, 0, 3, 4], [0, 1, 2, 9], [0, 0, 0, 5]], [[1, 2, 3], [4, 5, 6]], [[7]]):
         time_BT = torch.tensor([[10**place for place in range(len(row))] for row in item_BT])
         history = History(torch.tensor(item_BT), time_BT=time_BT, request_BT=time_BT + 5)

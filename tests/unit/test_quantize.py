@@ -19,7 +19,7 @@ from elasticrec.compression.quantize import BFloat16Table, Int4Table, Int8Table,
 from elasticrec.compression.recipe import Recipe, described, label
 from elasticrec.compression.workbench import apply
 from elasticrec.errors import ConfigError
-from elasticrec.model import integers
+from elasticrec.model import integers, linear
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.history import History
 from elasticrec.model.int4 import packed
@@ -178,6 +178,27 @@ def test_tables_are_smaller_on_disk_and_in_memory_also_after_use(
     saved = resident_bytes(teacher) - resident_bytes(student)
     assert saved >= (1 - share - 0.02) * table_bytes  # 0.02: the inverse length of each row
     assert student.encoder.items.cached_bytes() == 4 * (N_ITEMS + 1)
+
+
+def test_int8_layers_kept_in_float32_are_as_small_a_file_and_answer_alike(history_BT: Tensor) -> None:
+    in_int8 = compress((Int8Linear(activations="none"),), _network())
+    in_float32 = compress((Int8Linear(activations="none", memory="float32"),), _network())
+    assert in_float32.config.linear == "int8_stored"
+    torch.testing.assert_close(in_float32.scores(History(history_BT)), in_int8.scores(History(history_BT)))
+    assert all(torch.equal(in_int8.state_dict()[name], tensor) for name, tensor in in_float32.state_dict().items())
+    layers = [layer for layer in in_float32.modules() if isinstance(layer, linear.Int8Linear)]
+    weights = sum(layer.get_buffer("weight_OD").numel() for layer in layers)
+    assert resident_bytes(in_float32) - resident_bytes(in_int8) == 4 * weights
+
+
+def test_weights_that_change_are_unpacked_again() -> None:
+    layer = linear.Int8Linear(2, 1, bias=False, unpacks=True)
+    layer.load_state_dict({"weight_OD": torch.tensor([[1, 2]], dtype=torch.int8), "scale_O": torch.tensor([0.5])})
+    assert layer(torch.ones(1, 2)).tolist() == [[1.5]]
+    layer.load_state_dict({"weight_OD": torch.tensor([[3, 3]], dtype=torch.int8), "scale_O": torch.tensor([0.5])})
+    assert layer(torch.ones(1, 2)).tolist() == [[3.0]]
+    with pytest.raises(ConfigError, match="set activations to 'none'"):
+        Int8Linear(memory="float32")
 
 
 def test_the_teacher_stays_as_it_is(history_BT: Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from elasticrec.errors import ConfigError
 from elasticrec.model.history import History
+from elasticrec.model.linear import Int8Linear
 from elasticrec.model.network import Network
 from elasticrec.serving.question import Question
 from elasticrec.serving.scorer import Scorer
@@ -63,9 +64,10 @@ def measure(
 
 
 def resident_bytes(network: Network) -> int:
-    """Bytes of all parameters and buffers, and of what the item table keeps beside them."""
+    """Bytes of all parameters and buffers, and of what item table and layers, once used, keep beside them."""
     tensors = [*network.parameters(), *network.buffers()]
-    return sum(tensor.nbytes for tensor in tensors) + network.encoder.items.cached_bytes()
+    unpacked = sum(layer.laid_out_bytes() for layer in network.modules() if isinstance(layer, Int8Linear))
+    return sum(tensor.nbytes for tensor in tensors) + network.encoder.items.cached_bytes() + unpacked
 
 
 def _time(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from elasticrec.errors import ConfigError
 from elasticrec.model.bias import RelativeBias, Scene, TimeGaps
 from elasticrec.model.dropout import Dropout
+from elasticrec.model.linear import dense_weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,8 +91,9 @@ class GatedAttention(nn.Module):
     def newest(self, x_MD: Tensor, scene: Scene) -> Tensor:
         """The same for the newest token of each user alone: (B, D). Of the others only keys and values are computed."""
         layout = scene.layout
-        if type(self.project) is nn.Linear:
-            q_AD, kv_2AD, u_AD = self.project.weight.split([self.inner, 2 * self.inner, self.inner])
+        weight_4AD = dense_weight(self.project)
+        if weight_4AD is not None:
+            q_AD, kv_2AD, u_AD = weight_4AD.split([self.inner, 2 * self.inner, self.inner])
             kv_M2A = F.linear(x_MD, kv_2AD)
             x_BD = layout.newest(x_MD)
             q_BA, u_BA = F.linear(x_BD, q_AD), F.linear(x_BD, u_AD)

@@ -116,16 +116,17 @@ def allowed(question: Question, begin: int, end: int) -> Tensor | None:
 def adjust(score_bI: Tensor, begin: int, question: Question) -> None:
     """Adds bonuses and takes out what the rows from `begin` on may not get, in place."""
     end, device = begin + len(score_bI), score_bI.device
-    row, item, keep = _of_rows(question.bonus_row_M, question.bonus_item_M, begin, end, device)
-    if len(row):
+    if len(question.bonus_row_M):
+        row, item, keep = _of_rows(question.bonus_row_M, question.bonus_item_M, begin, end, device)
         score_bI.index_put_((row, item), torch.from_numpy(question.bonus_M[keep]).to(device), accumulate=True)
     for row_f, place in zip(question.filtered_row_F.tolist(), question.filter_F.tolist(), strict=True):
         if begin <= row_f < end:
             assert question.filter_PI is not None
             allowed_I = np.unpackbits(question.filter_PI[place], count=score_bI.shape[1]).view(np.bool_)
             score_bI[row_f - begin].masked_fill_(torch.from_numpy(~allowed_I).to(device), _NEVER)
-    row, item, _ = _of_rows(question.blocked_row_N, question.blocked_item_N, begin, end, device)
-    score_bI[row, item] = _NEVER
+    if len(question.blocked_row_N):
+        row, item, _ = _of_rows(question.blocked_row_N, question.blocked_item_N, begin, end, device)
+        score_bI[row, item] = _NEVER
     score_bI[:, PAD] = _NEVER
     if len(question.hidden_H):
         score_bI[:, torch.from_numpy(question.hidden_H).to(device)] = _NEVER
@@ -154,6 +155,9 @@ def best(score_BI: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _of_rows(row_N: Int64, item_N: Int64, begin: int, end: int, device: torch.device) -> tuple[Tensor, Tensor, Bool]:
+    if begin == 0 and device.type == "cpu" and int(row_N.max()) < end:  # a batch in one part: all, and little to do
+        row, item = torch.from_numpy(row_N.copy()), torch.from_numpy(item_N.copy())  # what Ray sends cannot be written
+        return row, item, np.ones(len(row_N), dtype=np.bool_)
     keep_N = (row_N >= begin) & (row_N < end)
     row, item = torch.from_numpy(np.stack([row_N[keep_N] - begin, item_N[keep_N]])).to(device)  # they travel together
     return row, item, keep_N

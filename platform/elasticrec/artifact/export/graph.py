@@ -20,6 +20,7 @@ from elasticrec.model.bias import RelativeBias
 from elasticrec.model.encoder import Encoder
 from elasticrec.model.head import CosineHead, DotHead
 from elasticrec.model.history import History
+from elasticrec.model.linear import Int8Linear
 from elasticrec.model.low_rank import LowRankTable
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.model.quantized import BFloat16Table, FloatTable, Int8Table, IntegerTable, ItemTable
@@ -41,6 +42,9 @@ class ScoreGraph(nn.Module):
         self.fields = fields_of(network.config.encoder.inputs)
         self.encoder = copy.deepcopy(network.encoder)
         self.encoder.items = plain(network.encoder.items)
+        for layer in self.encoder.modules():
+            if isinstance(layer, Int8Linear):
+                layer.unpacks = False  # int8 stays int8 in the file
         if isinstance(self.encoder, Encoder):  # padding is computed and masked: shapes of B and T alone
             self.encoder.config = replace(self.encoder.config, packed=False)
             _lengthen(self.encoder)
@@ -63,7 +67,7 @@ class ScoreGraph(nn.Module):
 
 
 def _check(config: NetworkConfig) -> None:
-    if config.linear not in ("float32", "int8_weights"):
+    if config.linear not in ("float32", "int8_weights", "int8_stored"):
         raise ConfigError(
             f"linear layers in {config.linear} give other scores elsewhere: int8 and fp8 round by the last bit of each "
             "token, int4 and 2:4 have no common operation; use int8_linear with activations 'none', or the parent"
