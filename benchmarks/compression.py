@@ -76,11 +76,16 @@ class Plan:
         return ((), (Int8Table(),), (Int4Table(),), *single, *rounded((self.student,)), *self.others)
 
 
+def packed(trained: Recipe) -> Recipe:
+    """The network in int8, table and layers, and no slower for it."""
+    return (*trained, WEIGHTS_ALONE, Int8Table())
+
+
 def rounded(trained: Recipe) -> tuple[Recipe, ...]:
     """What a trained network is rounded to."""
     return (
         (*trained, Int8Table()),
-        (*trained, WEIGHTS_ALONE, Int8Table()),
+        packed(trained),
         (*trained, WEIGHTS_ALONE, Int4Table()),
         (*trained, Int8Linear(), Int8Table()),
     )
@@ -103,7 +108,12 @@ def small(quick: bool) -> Plan:
         loss=FullSoftmax(mask_seen=True),
         student=student,
         alone=(alone(student, 0.2, 2e-3),),
-        others=(pruned, (*pruned, WEIGHTS_ALONE, Int8Table())),
+        others=(
+            packed((replace(student, width=64, blocks=1),)),
+            packed((replace(student, width=48),)),
+            pruned,
+            packed(pruned),
+        ),
         remove_seen=True,
     )
 
@@ -122,6 +132,7 @@ def large(quick: bool) -> Plan:
         alone=(alone(student, 0.2, 2e-3),),
         others=(
             (narrow, Int8Table()),
+            *((WEIGHTS_ALONE, LowRankTable(rank=rank), Int8Table()) for rank in (48, 56)),
             (WEIGHTS_ALONE, narrow, Int4Table()),
             (Int8Linear(), narrow, Int4Table()),
         ),

@@ -96,6 +96,22 @@ def test_history_gives_the_newest_of_a_long_one_and_seen_all(store: EventStore) 
     assert len(store.seen("ann")) == 100
 
 
+def test_many_users_are_read_as_each_one_is(store: EventStore) -> None:
+    store.seed("data", [event(f"user {number}", "seeded") for number in range(0, 600, 2)])
+    store.append([event(f"user {number}", item, number) for number in range(500) for item in "ab"])
+    store.erase("user 4")
+    users = [f"user {number}" for number in (3, 4, 5, 4, *range(598, 0, -1), 700)]  # some twice, some unknown
+    assert store.histories(users, 2) == [store.history(user, 2) for user in users]
+    assert store.newest_of(users, 3) == [store.newest(user, 3) for user in users]
+    assert store.histories(["user 3", "user 2", "user 598", "user 4"], 9) == [
+        ["a", "b"],
+        ["seeded", "a", "b"],
+        ["seeded"],
+        [],
+    ]
+    assert store.histories([], 2) == []
+
+
 @pytest.mark.parametrize("text", ["", "'; DROP TABLE events; --", "a\x00b", "日本語", "x" * 256])
 def test_any_text_is_an_id(store: EventStore, text: str) -> None:
     store.append([event(text, text)])

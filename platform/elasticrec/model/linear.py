@@ -41,12 +41,12 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 (..., D) -> float32, or bfloat16 under autocast on a GPU, (..., O)."""
+        if self.unpacks and not x.is_cuda:
+            return F.linear(x, self.unpacked(), self._buffers["bias_O"])
         weight_OD = self.get_buffer("weight_OD")
         x_MD = x.reshape(-1, weight_OD.shape[1])
         if x.is_cuda:
             return self._on_gpu(x_MD, result_type(x)).view(*x.shape[:-1], len(weight_OD))
-        if self.unpacks:
-            return F.linear(x, self.unpacked(), self._buffers["bias_O"])
         if self.rounds_inputs:
             y_MO = _rounded_product(x_MD, weight_OD).mul_(self.get_buffer("scale_O"))
         else:
@@ -62,7 +62,8 @@ class Int8Linear(nn.Module):
 
     def unpacked(self) -> Tensor:
         """The weights as float32 (O, D), kept until the integers change."""
-        weight_OD = self.get_buffer("weight_OD")
+        weight_OD = self._buffers["weight_OD"]
+        assert weight_OD is not None
         if weight_OD.is_inference():  # such tensors count no changes
             return weight_OD.float() * self.get_buffer("scale_O").unsqueeze(1)
         state = (weight_OD.data_ptr(), weight_OD._version)

@@ -90,6 +90,14 @@ class EventStore(Protocol):
         """The events of `history`, with their times and types."""
         ...
 
+    def histories(self, user_ids: Sequence[str], limit: int) -> list[list[str]]:
+        """`history` of each of several users, in as few round trips as may be."""
+        ...
+
+    def newest_of(self, user_ids: Sequence[str], limit: int) -> list[list[StoredEvent]]:
+        """`newest` of each of several users."""
+        ...
+
     def seen(self, user_id: str) -> set[str]:
         """All item ids of a user."""
         ...
@@ -167,6 +175,12 @@ class SqliteEventStore:
             StoredEvent(user_id=user, item_id=item, timestamp=timestamp, event_type=event_type)
             for user, item, timestamp, event_type in reversed(rows)
         ]
+
+    def histories(self, user_ids: Sequence[str], limit: int) -> list[list[str]]:
+        return [self.history(user_id, limit) for user_id in user_ids]
+
+    def newest_of(self, user_ids: Sequence[str], limit: int) -> list[list[StoredEvent]]:
+        return [self.newest(user_id, limit) for user_id in user_ids]
 
     def seen(self, user_id: str) -> set[str]:
         query = "SELECT item_id FROM events WHERE user_id = ?"

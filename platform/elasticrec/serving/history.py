@@ -5,7 +5,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -84,6 +84,9 @@ class Prepared:
     history_ms: float
 
 
+_Stored = Mapping[str, Sequence[str] | Sequence[StoredEvent]]  # by user: ids, or events where times or types are read
+
+
 class Histories:
     """The first stage: reads the event store and turns ids into indices. Unknown items are passed over."""
 
@@ -92,6 +95,8 @@ class Histories:
         self._events = setup.events
         self._encoder = setup.encoder
         self._remove_seen = setup.remove_seen
+        self._limit = _EVENTS_PER_POSITION * setup.encoder.max_length
+        self._times = setup.encoder.inputs.times or setup.encoder.inputs.events
         self._type_of = {name: place for place, name in enumerate(_event_types(setup.encoder))}
         self._kept = _Kept()
 
@@ -100,7 +105,8 @@ class Histories:
         started_s = time.perf_counter()
         view = self._assortment.view()
         kept = self._kept = self._kept.at(self._events.revision(), view)
-        backgrounds = tuple(self._background(request, view, kept) for request in requests)
+        stored = self._stored([request for request in requests if not kept.has(request)])
+        backgrounds = tuple(self._background(request, view, kept, stored) for request in requests)
         known = [background for background in backgrounds if len(background.items) and background.request.like is None]
         likes = [background for background in backgrounds if background.request.like is not None]
         return Prepared(
@@ -111,11 +117,19 @@ class Histories:
             history_ms=1e3 * (time.perf_counter() - started_s),
         )
 
-    def _background(self, request: Request, view: View, kept: "_Kept") -> Background:
+    def _stored(self, requests: Sequence[Request]) -> _Stored:
+        """The newest events of the users of these requests, in one round trip."""
+        users = list({request.user_id for request in requests if request.user_id is not None and request.like is None})
+        if not users:
+            return {}
+        found = (self._events.newest_of if self._times else self._events.histories)(users, self._limit)
+        return dict(zip(users, found, strict=True))
+
+    def _background(self, request: Request, view: View, kept: "_Kept", stored: _Stored) -> Background:
         if request.like is not None:
             events, blocked = UserEvents(item_S=_NO_ITEMS), view.indices([request.like, *request.exclude])
         else:
-            events, blocked = kept.read(request, lambda: self._read(request, view))
+            events, blocked = kept.read(request, lambda: self._read(request, view, stored))
         if not (request.item_boosts or request.category_boosts or request.filters or request.only is not None):
             return Background(request=request, events=events, blocked=blocked)
         bonus_item_M, bonus_M = _bonuses(request, view)
@@ -128,22 +142,19 @@ class Histories:
             mask_I=_mask(request, view),
         )
 
-    def _read(self, request: Request, view: View) -> tuple[UserEvents, Int32]:
+    def _read(self, request: Request, view: View, stored_of: _Stored) -> tuple[UserEvents, Int32]:
         """Stored events, then those that came with the request, which happen now; and what must not come back."""
-        limit = _EVENTS_PER_POSITION * self._encoder.max_length
-        inputs = self._encoder.inputs
         remove_seen = self._remove_seen if request.remove_seen is None else request.remove_seen
-        if not inputs.times and not inputs.events:
-            stored = [] if request.user_id is None else self._events.history(request.user_id, limit)
-            items = UserEvents(item_S=view.catalogue.indices([*stored, *request.history]))
+        events = [] if request.user_id is None else stored_of[request.user_id]
+        stored = [event if isinstance(event, str) else event.item_id for event in events]
+        if self._times:
+            items = self._with_times(request, [event for event in events if isinstance(event, StoredEvent)], view)
         else:
-            events = [] if request.user_id is None else self._events.newest(request.user_id, limit)
-            stored = [event.item_id for event in events]
-            items = self._with_times(request, events, view)
+            items = UserEvents(item_S=view.catalogue.indices([*stored, *request.history]))
         newest = items.pick(slice(-self._encoder.max_length, None))
         if not remove_seen:
             return newest, view.indices(request.exclude)
-        if request.user_id is not None and len(stored) >= limit:  # there may be more
+        if request.user_id is not None and len(stored) >= self._limit:  # there may be more
             seen = self._events.seen(request.user_id)
             return newest, view.indices(seen.union(request.history, request.exclude))
         if view.added:
@@ -181,17 +192,26 @@ class _Kept:
             return self
         return _Kept(revision, view)
 
+    def has(self, request: Request) -> bool:
+        """Whether `read` would have it here."""
+        return self._key(request) in self._read
+
     def read(self, request: Request, read: Callable[[], tuple[UserEvents, Int32]]) -> tuple[UserEvents, Int32]:
         """What `read` gives, or gave for the same user; only of requests that bring nothing of their own."""
-        if self._revision is None or request.user_id is None or request.history or request.exclude:
+        key = self._key(request)
+        if key is None:
             return read()
-        key = (request.user_id, request.remove_seen)
         found = self._read.get(key)
         if found is None:
             found = read()
             if len(self._read) < _KEPT_USERS:
                 self._read[key] = found
         return found
+
+    def _key(self, request: Request) -> tuple[str, bool | None] | None:
+        if self._revision is None or request.user_id is None or request.history or request.exclude:
+            return None
+        return request.user_id, request.remove_seen
 
 
 def _likes(likes: Sequence[Background], view: View) -> Question:

@@ -30,6 +30,7 @@ SCHEMES: Final = ("redis", "rediss", "unix")
 PASSWORD: Final = "ELASTICREC_REDIS_PASSWORD"  # variable of the environment
 _WAIT: Final = "wait_replicas"
 _LOADED_EVENTS: Final = 2_000  # in one round trip while a data set is loaded
+_READ_USERS: Final = 256  # in one round trip: the server answers nobody else meanwhile
 _SCANNED_KEYS: Final = 1_000  # in one round trip
 _SCANNED_ROUNDS: Final = 50  # of a lookup in each place; a large store has more, and whoever asks can type on
 _SEED_LOCK_S: Final = 60
@@ -51,14 +52,19 @@ for place = 2, #ARGV, 2 do
 end
 return added
 """
+# Of several users: KEYS seed, erased, then each one's live events; ARGV limit, prefix, then each one's hash and id.
 _READ: Final = """
-local live = redis.call('LRANGE', KEYS[1], ARGV[1], -1)
-local generation = redis.call('HGET', KEYS[2], 'generation')
-local seeded = {}
-if generation and redis.call('SISMEMBER', KEYS[3], ARGV[2]) == 0 then
-  seeded = redis.call('LRANGE', ARGV[3] .. generation .. ':' .. ARGV[4], ARGV[1], -1)
+local generation = redis.call('HGET', KEYS[1], 'generation')
+local found = {}
+for place = 3, #KEYS do
+  local user = 2 * place - 3
+  local seeded = {}
+  if generation and redis.call('SISMEMBER', KEYS[2], ARGV[user]) == 0 then
+    seeded = redis.call('LRANGE', ARGV[2] .. generation .. ':' .. ARGV[user + 1], ARGV[1], -1)
+  end
+  found[place - 2] = {seeded, redis.call('LRANGE', KEYS[place], ARGV[1], -1)}
 end
-return {seeded, live}
+return found
 """
 _ERASE: Final = """
 local generation = redis.call('HGET', KEYS[3], 'generation')
@@ -160,11 +166,18 @@ class RedisEventStore:
         return None
 
     def history(self, user_id: str, limit: int) -> list[str]:
-        return [event.item_id for event in self.newest(user_id, limit)]
+        return self.histories([user_id], limit)[0]
 
     def newest(self, user_id: str, limit: int) -> list[StoredEvent]:
-        seeded, live = self._both(user_id, limit)
-        return [_event(user_id, raw) for raw in [*seeded, *live][-limit:]]
+        return self.newest_of([user_id], limit)[0]
+
+    def histories(self, user_ids: Sequence[str], limit: int) -> list[list[str]]:
+        found = self._both_of(user_ids, limit)
+        return [[json.loads(raw)[0] for raw in [*seeded, *live][-limit:]] for seeded, live in found]
+
+    def newest_of(self, user_ids: Sequence[str], limit: int) -> list[list[StoredEvent]]:
+        found = zip(user_ids, self._both_of(user_ids, limit), strict=True)
+        return [[_event(user_id, raw) for raw in [*seeded, *live][-limit:]] for user_id, (seeded, live) in found]
 
     def seen(self, user_id: str) -> set[str]:
         seeded, live = self._both(user_id, 0)
@@ -256,11 +269,17 @@ class RedisEventStore:
 
     def _both(self, user_id: str, limit: int) -> tuple[list[str], list[str]]:
         """Seeded and live events, at most `limit` of each; all for 0."""
-        keys = [self._key("live", user_id), self._key("seed"), self._key("erased")]
-        arguments: list[str | int] = [-limit if limit else 0, user_hash(user_id), self._key("seed", ""), user_id]
+        return self._both_of([user_id], limit)[0]
+
+    def _both_of(self, user_ids: Sequence[str], limit: int) -> list[tuple[list[str], list[str]]]:
+        found: list[tuple[list[str], list[str]]] = []
         with self._telling():
-            seeded, live = self._read(keys=keys, args=arguments)
-        return seeded, live
+            for begin in range(0, len(user_ids), _READ_USERS):
+                some = user_ids[begin : begin + _READ_USERS]
+                keys = [self._key("seed"), self._key("erased"), *(self._key("live", user_id) for user_id in some)]
+                named = [text for user_id in some for text in (user_hash(user_id), user_id)]
+                found += self._read(keys=keys, args=[-limit if limit else 0, self._key("seed", ""), *named])
+        return found
 
     def _acknowledged(self, script: Any, keys: Sequence[str], arguments: Sequence[str]) -> Any:
         """What a script that writes returns, once as many replicas as asked for have what it wrote."""
