@@ -9,7 +9,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from elasticrec.training.pieces import Snapshot, is_sharded
 from elasticrec.training.run import RunConfig
 from elasticrec.training.saver import Saver
 from elasticrec.training.step_table import step_table
-from elasticrec.training.stopwatch import ForwardStopwatch
+from elasticrec.training.stopwatch import ForwardStopwatch, Laps, mark_of
 from elasticrec.training.sync.exact import Exact
 from elasticrec.training.sync.protocol import Link, Synchroniser, Tokens
 from elasticrec.training.tally import Share, Tally, meet, sample_key
@@ -53,7 +53,12 @@ class _Pending:
 
     losses: list[Tensor] = field(default_factory=list)
     shares: list[Share] = field(default_factory=list)
+    laps: list[Laps] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def timed_shares(self) -> list[Share]:
+        """A GPU is waited for, as it is in a meeting anyway."""
+        return [replace(share, forward_s=laps.seconds()) for share, laps in zip(self.shares, self.laps, strict=True)]
 
 
 class Loop:
@@ -92,7 +97,7 @@ class Loop:
         self.loss = make_loss(self.network, run.loss)
         compute.apply(run.compute, self.loss, host.device)
         self.feed = Feed(self.plan, compute.shapes(run.compute, host.device), self.total_steps)
-        self._forward = ForwardStopwatch(self.loss)
+        self._forward = ForwardStopwatch(self.loss, mark_of(host.device))
         self.averaged = AveragedWeights(self.network, run.optimizer.ema_decay)
         self.table = step_table(run, store, self.plan, self.network, self.averaged, self._rate)
         self.optimizer = make_optimizer(run.optimizer, self.network)
@@ -167,6 +172,7 @@ class Loop:
         self.averaged.update(self.network, self.step)
         pending.losses.append(loss)
         pending.shares.append(share)
+        pending.laps.append(self._forward.take())
         pending.lines.append(
             {
                 "step": self.step,
@@ -190,7 +196,7 @@ class Loop:
         for place, piece in enumerate(pieces):
             torch.manual_seed(_piece_seed(self.run.plan.seed, self.step, piece.key))
             loss += link.accumulate(self.table.placed(piece.batch), tokens, last=place == len(pieces) - 1)
-        share = Share(tokens=mine, samples=len(users), sample_key=sample_key(users), forward_s=self._forward.take_s())
+        share = Share(tokens=mine, samples=len(users), sample_key=sample_key(users))
         return loss, share
 
     def _pieces(self) -> list[Piece]:
@@ -211,7 +217,7 @@ class Loop:
         Returns whether to save, and whether to leave. Whatever one worker wishes, all of them do.
         """
         wishes = [due, self.host.leaving(), self._saver.failure is not None]
-        tallies, (save, leave, failed) = meet(pending.losses, pending.shares, wishes, self.host.device)
+        tallies, (save, leave, failed) = meet(pending.losses, pending.timed_shares(), wishes, self.host.device)
         for tally, line in zip(tallies, pending.lines, strict=True):
             if not math.isfinite(tally.loss):
                 raise TrainingError(self._divergence(line["step"]))
