@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from elasticrec.config import from_mapping
 from elasticrec.data.sequences import open_store
@@ -47,6 +49,19 @@ class MortalHost(LocalHost):
         return False
 
 
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that any operation gives; of a sharded one, what this worker holds."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = call(*args, **(kwargs or {}))
+        for part in tree_leaves(found):
+            if isinstance(part, torch.Tensor):
+                self.numbers = max(self.numbers, (part.to_local() if isinstance(part, DTensor) else part).numel())
+        return found
+
+
 def train(job: dict[str, Any]) -> None:
     run = from_mapping(RunConfig, job["run"])
     for world, meetings in job["lives"]:
@@ -56,7 +71,10 @@ def train(job: dict[str, Any]) -> None:
 def live(run: RunConfig, store: str, world: int, meetings: int | None, rank: int) -> None:
     host = MortalHost(run.folder, rank=rank, world=world)
     host.meetings_left = meetings
-    Loop(run, open_store(Path(store)), host).train()
+    loop = Loop(run, open_store(Path(store)), host)
+    with Largest() as largest:
+        loop.train()
+    (run.folder / f"largest-{rank}.json").write_text(json.dumps(largest.numbers), encoding="utf-8")
 
 
 def shard(job: dict[str, Any]) -> None:

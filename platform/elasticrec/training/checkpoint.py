@@ -127,7 +127,11 @@ def _read_state(folder: Path, part: Part) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, sharded: "Mapping[str, DTensor] | None" = None) -> dict[str, Tensor]:
-    """All tensors, on the CPU; of parameters that are `sharded` now, and what belongs to them, this worker's part."""
+    """All tensors, on the CPU; of what is `sharded` now this worker's part.
+
+    Args:
+        sharded: parameters by their name, which stand for what belongs to them too, or other tensors by their full one.
+    """
     parts = int(json.loads((folder / STATE).read_text(encoding="utf-8"))["parts"])
     reader = Reader([folder / Part(rank=rank, parts=parts).tensors for rank in range(parts)])
     tensors: dict[str, Tensor] = {}
@@ -139,9 +143,9 @@ def read_tensors(folder: Path, sharded: "Mapping[str, DTensor] | None" = None) -
 
 
 def _target(name: str, sharded: "Mapping[str, DTensor]") -> "DTensor | None":
-    """The parameter that `averaged.NAME` or `optimizer.NAME.exp_avg` belongs to."""
+    """The tensor itself, or the parameter that `averaged.NAME` or `optimizer.NAME.exp_avg` belongs to."""
     _, _, parameter = name.partition(".")
-    return sharded.get(parameter, sharded.get(parameter.rpartition(".")[0]))
+    return sharded.get(name, sharded.get(parameter, sharded.get(parameter.rpartition(".")[0])))
 
 
 def newest_valid(folders: Iterable[Path], digest: str) -> Path | None:
