@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from elasticrec.config import from_mapping
 from elasticrec.data.sequences import open_store
+from elasticrec.model import quantized
 from elasticrec.training.checkpoint import Part, Position, read_position, read_tensors, save_part
 from elasticrec.training.host import LocalHost
 from elasticrec.training.loop import Loop
@@ -50,15 +51,15 @@ class MortalHost(LocalHost):
 
 
 class Largest(TorchDispatchMode):
-    """How many numbers the largest tensor has that any operation gives; of a sharded one, what this worker holds."""
+    """Bytes of the largest tensor that any operation gives; of a sharded one, of what this worker holds."""
 
-    numbers = 0
+    bytes = 0
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = call(*args, **(kwargs or {}))
         for part in tree_leaves(found):
             if isinstance(part, torch.Tensor):
-                self.numbers = max(self.numbers, (part.to_local() if isinstance(part, DTensor) else part).numel())
+                self.bytes = max(self.bytes, (part.to_local() if isinstance(part, DTensor) else part).nbytes)
         return found
 
 
@@ -71,10 +72,10 @@ def train(job: dict[str, Any]) -> None:
 def live(run: RunConfig, store: str, world: int, meetings: int | None, rank: int) -> None:
     host = MortalHost(run.folder, rank=rank, world=world)
     host.meetings_left = meetings
-    loop = Loop(run, open_store(Path(store)), host)
+    quantized._DRAWN_ROWS = 256
     with Largest() as largest:
-        loop.train()
-    (run.folder / f"largest-{rank}.json").write_text(json.dumps(largest.numbers), encoding="utf-8")
+        Loop(run, open_store(Path(store)), host).train()
+    (run.folder / f"largest-{rank}.json").write_text(json.dumps(largest.bytes), encoding="utf-8")
 
 
 def shard(job: dict[str, Any]) -> None:

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from elasticrec.data.sequences import Int64
+from elasticrec.errors import ConfigError
 from elasticrec.model import quantized
 from elasticrec.model.quantized import FloatTable, new_rows
 from elasticrec.training.row_shards import own_rows, route
+from elasticrec.training.sync import sharded
+from elasticrec.training.sync.sharded import Sharded
 
 
 @given(rows=st.integers(1, 60), shards=st.integers(1, 9))
@@ -22,6 +25,14 @@ def test_the_rows_of_all_workers_are_all_rows_once_as_torch_cuts_them(rows: int,
     assert [row for part in owned for row in part] == list(range(rows))
     chunks = torch.arange(rows).chunk(shards)
     assert [list(part) for part in owned if len(part)] == [chunk.tolist() for chunk in chunks]
+
+
+def test_a_table_that_leaves_a_worker_without_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded, "world_size", lambda: 4)
+    with pytest.raises(ConfigError, match=r"5 rows leaves the last of 4 workers none; lower elastic.max_workers"):
+        Sharded().own_rows(5)
+    monkeypatch.setattr(sharded.dist, "get_rank", lambda: 3)
+    assert Sharded(replicas=2).own_rows(5) == range(3, 5)
 
 
 def test_a_route_by_hand() -> None:

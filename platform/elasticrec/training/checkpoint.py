@@ -126,16 +126,19 @@ def _read_state(folder: Path, part: Part) -> dict[str, Any]:
     return state
 
 
-def read_tensors(folder: Path, sharded: "Mapping[str, DTensor] | None" = None) -> dict[str, Tensor]:
+def read_tensors(folder: Path, sharded: "Mapping[str, DTensor] | None" = None, prefix: str = "") -> dict[str, Tensor]:
     """All tensors, on the CPU; of what is `sharded` now this worker's part.
 
     Args:
         sharded: parameters by their name, which stand for what belongs to them too, or other tensors by their full one.
+        prefix: of names; others are not read.
     """
     parts = int(json.loads((folder / STATE).read_text(encoding="utf-8"))["parts"])
     reader = Reader([folder / Part(rank=rank, parts=parts).tensors for rank in range(parts)])
     tensors: dict[str, Tensor] = {}
     for name, shape in reader.shapes.items():
+        if not name.startswith(prefix):
+            continue
         target = _target(name, sharded or {})
         split = target is not None and tuple(target.shape) == shape
         tensors[name] = reader.like(name, target) if split and target is not None else reader.whole(name)

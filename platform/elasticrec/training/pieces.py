@@ -120,9 +120,12 @@ class Reader:
                 continue
             found = file.get_slice(name)
             overlap = _overlap(begin, shape, places[name]["offset"], found.get_shape())
-            # A scalar cannot be sliced, and where nothing overlaps only the type is of interest.
-            part: Tensor = found[overlap.in_piece] if overlap and overlap.in_piece else file.get_tensor(name)
-            if part.shape == shape and overlap:
+            if overlap is None:  # only the type is of interest
+                parts.append((found[:0], None))
+                continue
+            # A scalar cannot be sliced.
+            part: Tensor = found[overlap.in_piece] if overlap.in_piece else file.get_tensor(name)
+            if part.shape == shape:
                 return part
             parts.append((part, overlap))
         box = parts[0][0].new_empty(shape)

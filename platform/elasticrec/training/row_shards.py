@@ -114,8 +114,9 @@ class RowShards:
         gradient_SD = gradient_VD.new_empty(sum(way.sent_N), gradient_VD.shape[1])
         self._send(gradient_SD, gradient_VD, way.sent_N, way.counts_N)
         sum_OD = gradient_VD.new_zeros(way.own.stop - way.own.start, gradient_VD.shape[1])
-        for place_V, part_VD in zip(way.place_NV, gradient_SD.split(way.sent_N), strict=True):
-            sum_OD.index_add_(0, self._there(place_V), part_VD)
+        place_S = self._there(np.concatenate(way.place_NV))
+        for place_V, part_VD in zip(place_S.split(way.sent_N), gradient_SD.split(way.sent_N), strict=True):
+            sum_OD.index_add_(0, place_V, part_VD)
         if self._replicas is not None:
             dist.all_reduce(sum_OD, group=self._replicas)
             self.sent_bytes += ring_bytes(sum_OD.nbytes, dist.get_world_size(self._replicas))

@@ -54,8 +54,17 @@ class Sharded:
             )
 
     def own_rows(self, rows: int) -> range:
-        """Those of a table that this worker holds."""
+        """Those of a table that this worker holds.
+
+        Raises:
+            ConfigError: there are none for the last worker.
+        """
         shards = world_size() // self._groups()
+        if not own_rows(rows, shards - 1, shards):
+            raise ConfigError(
+                f"an item table of {rows} rows leaves the last of {shards} workers none; lower elastic.max_workers, "
+                "or use sync.kind all_reduce"
+            )
         return own_rows(rows, dist.get_rank() % shards, shards) if shards > 1 else range(rows)
 
     def prepare(self, network: Network) -> None:
