@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # FSDP would import it in each child: a second
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard

@@ -152,6 +152,9 @@ def test_the_state_is_that_of_one_that_holds_everything(
     assert {f"network.{TABLE}", f"averaged.{TABLE}", f"best.{TABLE}", "rows.exp_avg", "rows.step"} <= mine.keys()
     assert [key for key in expected if not is_close(mine[key], expected[key], key)] == []
     assert int(expected["rows.exp_avg"].any(dim=1).sum()) < N_ITEMS / 2
+    best = read_tensors(newest(folders[name]), prefix="best.")
+    assert best.keys() == {key for key in mine if key.startswith("best.")}
+    assert torch.equal(best[f"best.{TABLE}"], mine[f"best.{TABLE}"])
 
 
 def test_each_worker_writes_its_own_rows(folders: dict[str, Path]) -> None:
