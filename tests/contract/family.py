@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # FSDP would import it in each child: a second
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from elasticrec.config import from_mapping
 from elasticrec.data.sequences import open_store
+from elasticrec.model import quantized
 from elasticrec.training.checkpoint import Part, Position, read_position, read_tensors, save_part
 from elasticrec.training.host import LocalHost
 from elasticrec.training.loop import Loop
@@ -47,6 +51,19 @@ class MortalHost(LocalHost):
         return False
 
 
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation gives; of a sharded one, of what this worker holds."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = call(*args, **(kwargs or {}))
+        for part in tree_leaves(found):
+            if isinstance(part, torch.Tensor):
+                self.bytes = max(self.bytes, (part.to_local() if isinstance(part, DTensor) else part).nbytes)
+        return found
+
+
 def train(job: dict[str, Any]) -> None:
     run = from_mapping(RunConfig, job["run"])
     for world, meetings in job["lives"]:
@@ -56,7 +73,10 @@ def train(job: dict[str, Any]) -> None:
 def live(run: RunConfig, store: str, world: int, meetings: int | None, rank: int) -> None:
     host = MortalHost(run.folder, rank=rank, world=world)
     host.meetings_left = meetings
-    Loop(run, open_store(Path(store)), host).train()
+    quantized._DRAWN_ROWS = 256
+    with Largest() as largest:
+        Loop(run, open_store(Path(store)), host).train()
+    (run.folder / f"largest-{rank}.json").write_text(json.dumps(largest.bytes), encoding="utf-8")
 
 
 def shard(job: dict[str, Any]) -> None:

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from elasticrec.config import from_mapping
 from elasticrec.data.sequences import Store, open_store
-from elasticrec.model.history import History
-from elasticrec.model.loss import Batch
+from elasticrec.training.elastic import shards_of
+from elasticrec.training.feed import Cut
 from elasticrec.training.host import LocalHost
 from elasticrec.training.loop import Loop
 from elasticrec.training.optimizer import OptimizerConfig
@@ -105,23 +105,27 @@ class Still:
             for step in range(STILL_STEPS):
                 self._wait_for_others(step, lead)
                 self._step(link, step)
-                sent.append(link.sent_bytes)
+                sent.append(self._sent(link))
                 spread.append(self._spread() if lead is None else 0.0)
             link.average([torch.zeros_like(value) for value in self._values])
-            sent.append(link.sent_bytes)
+            sent.append(self._sent(link))
             link.agree()
-            sent.append(link.sent_bytes)
+            sent.append(self._sent(link))
         away = max(float((a - b).abs().max()) for a, b in zip(before, self._mean(), strict=True))
         told = {"sent": sent, "spread": spread, "away": away, "spread_after": self._spread()}
         _write(self._folder / f"still-{self._rank}.json", told)
 
     def _step(self, link: Link, step: int) -> None:
-        users = self._loop.plan.users(step)
-        windows = self._loop.plan.windows(step, users)
-        batch = Batch(History.of(windows), torch.from_numpy(windows.target_BT))
-        link.accumulate(batch, Tokens(step=windows.tokens, worker=windows.tokens), last=True)
-        link.step()
+        loop, mine = self._loop, shards_of(self._rank, self._world, self._loop.run.plan.shards)
+        [piece] = loop.feed.take(step, [Cut(self._rank, tuple(mine))])
+        tokens = Tokens(step=loop.plan.tokens(step), worker=max(1, piece.tokens))
+        with loop.table.step(step):
+            link.accumulate(loop.table.placed(piece.batch), tokens, last=True)
+            link.step()
         (self._folder / f"step-{step}-{self._rank}").touch()
+
+    def _sent(self, link: Link) -> int:
+        return link.sent_bytes + self._loop.table.sent_bytes
 
     def _wait_for_others(self, step: int, lead: tuple[int, int] | None) -> None:
         if lead is None or self._rank or step != lead[0]:

@@ -26,11 +26,14 @@ from elasticrec.data.sequences import Sequences, Store, write_store
 from elasticrec.data.split import split
 from elasticrec.errors import ConfigError
 from elasticrec.model.encoder import EncoderConfig
+from elasticrec.model.loss import FullSoftmax
 from elasticrec.model.network import Network, NetworkConfig
+from elasticrec.model.sampled import AnyLoss, Popularity, SampledSoftmax
 from elasticrec.training.elastic import shards_of
 from elasticrec.training.host import LocalHost
 from elasticrec.training.journal import EPOCHS, STEPS, read
 from elasticrec.training.loop import Loop
+from elasticrec.training.negatives import Catalogue, NegativeSampler
 from elasticrec.training.optimizer import OptimizerConfig
 from elasticrec.training.run import AnySync, CheckpointConfig, ElasticConfig, RunConfig, ValidationConfig
 from elasticrec.training.sync.all_reduce import AllReduce
@@ -41,6 +44,8 @@ from elasticrec.training.sync.local_sgd import LocalSGD, Nesterov
 from elasticrec.training.sync.sharded import Sharded
 
 WORKER = Path(__file__).with_name("gloo_worker.py")
+WIDTH = 16
+SAMPLED = SampledSoftmax(source=Popularity(negatives=6))
 SHARDS, BATCH_USERS, N_USERS, N_ITEMS, EPOCHS_PER_RUN = 8, 16, 49, 31, 4  # the last of an epoch's 4 steps has 1 user
 STEPS_PER_RUN, DIES_AFTER, STILL_STEPS = 16, 8, 8  # validation at steps 8 and 16
 
@@ -80,8 +85,11 @@ def low_rank(rank: int, start: int) -> Bytes:
     return sent
 
 
-def sharded(replicas: int) -> Bytes:
-    """Gathered in both directions, scattered by gloo's all-reduce; the outermost unit is gathered once."""
+def sharded(replicas: int, apart: bool = False) -> Bytes:
+    """Gathered in both directions, scattered by gloo's all-reduce; the outermost unit is gathered once.
+
+    `apart`: without the item table, see `rows_sent`.
+    """
 
     def sent(steps: int, world: int, network: Network) -> int:
         if world == 1:
@@ -93,10 +101,35 @@ def sharded(replicas: int) -> Bytes:
             return sum(-(-len(p) // n) * n * (p.numel() // len(p)) for p in module.parameters() if p.dim())
 
         whole, again = rows(network), sum(map(rows, network.encoder.get_submodule("blocks").children()))
+        whole -= rows(network.encoder.items) if apart else 0
         gather = ring(whole + again, n) // 2
         return steps * (gather + ring(whole, n) + ring(whole // n, groups) + ring(1, world))  # one scalar: temperature
 
     return sent
+
+
+def rows_sent(loop: Loop, replicas: int, steps: int, world: int, rank: int) -> int:
+    """Bytes of rows that a worker sends to those of its group that read them, and of gradients to who holds the row."""
+    groups = math.gcd(replicas, world)
+    n = world // groups
+    chunk, first = -(-(N_ITEMS + 1) // n), rank // n * n
+    total = 0
+    for step in range(steps):
+        target_BT = loop.plan.windows(step, loop.plan.users(step)).target_BT
+        negatives = NegativeSampler(loop.run.loss, Catalogue.of(loop.store), 0).negatives(
+            step, target_BT[target_BT > 0]
+        )[0]
+        read = [{0, *negatives.tolist()} for _ in range(world)]
+        for reader in range(world):
+            for shard in shards_of(reader, world, SHARDS):
+                windows = loop.plan.windows(step, loop.plan.shard(step, shard))
+                read[reader].update(windows.input_BT.ravel().tolist(), windows.target_BT.ravel().tolist())
+        others = [reader for reader in range(first, first + n) if reader != rank]
+        given = sum(item // chunk == rank - first for reader in others for item in read[reader])
+        returned = sum(item // chunk != rank - first for item in read[rank])
+        shared = sum(item // chunk == rank - first for item in set().union(*read))
+        total += 4 * WIDTH * (given + returned) + ring(WIDTH * shared, groups)
+    return total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +138,8 @@ class Synchroniser:
 
     config: AnySync
     sent: Bytes
+    loss: AnyLoss = field(default_factory=FullSoftmax)
+    rows_of: int = 0  # groups of workers, where a group holds the item table together and sends rows of it
     worlds: tuple[int, ...] = (2, 3)
     is_one: bool = False  # any number of workers follows the curve of one
     is_independent: bool = True  # parameters differ between workers in the meantime
@@ -134,6 +169,26 @@ SYNCHRONISERS = {
         is_one=True,
         is_independent=False,
         share=lambda n: 1 / 3 if n == 3 else 1 / 2,
+    ),
+    "sharded_rows": Synchroniser(
+        config=Sharded(),
+        sent=sharded(1, apart=True),
+        loss=SAMPLED,
+        rows_of=1,
+        worlds=(1, 2, 3),
+        is_one=True,
+        is_independent=False,
+        share=lambda n: 1 / n,
+    ),
+    "hsdp_rows": Synchroniser(
+        config=Sharded(replicas=2),
+        sent=sharded(2, apart=True),
+        loss=SAMPLED,
+        rows_of=2,
+        worlds=(4,),
+        is_one=True,
+        is_independent=False,
+        share=lambda _: 1 / 2,
     ),
     "local_sgd": Synchroniser(config=LocalSGD(every=3), sent=every(3), worlds=(1, 2, 3), lead=(1, 1)),
     "local_sgd_bfloat16": Synchroniser(
@@ -167,18 +222,21 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     sequences = Sequences(
         item_E=np.concatenate(walks).astype(np.int32), offset_U1=np.concatenate([[0], np.cumsum(length_U)])
     )
-    items = pa.table({"item_index": np.arange(1, N_ITEMS + 1), "item_id": [str(item) for item in range(N_ITEMS)]})
+    count_I = np.bincount(np.concatenate(walks), minlength=N_ITEMS + 1)[1:]
+    names = [str(item) for item in range(N_ITEMS)]
+    items = pa.table({"item_index": np.arange(1, N_ITEMS + 1), "item_id": names, "count": count_I})
     users = pa.table({"user_index": np.arange(N_USERS), "user_id": [str(user) for user in range(N_USERS)]})
     return write_store(tmp_path_factory.mktemp("store") / "store", sequences, users, items, command="test")
 
 
-def config(storage: Path, sync: AnySync) -> RunConfig:
+def config(storage: Path, sync: AnySync, loss: AnyLoss) -> RunConfig:
     """Without dropout and with a fixed split, so that nothing depends on the worker or its speed."""
     return RunConfig(
         storage=storage,
         epochs=EPOCHS_PER_RUN,
         sync=sync,
-        network=NetworkConfig(encoder=EncoderConfig(width=16, blocks=2, max_length=6, dropout=0.0)),
+        loss=loss,
+        network=NetworkConfig(encoder=EncoderConfig(width=WIDTH, blocks=2, max_length=6, dropout=0.0)),
         plan=PlanConfig(batch_users=BATCH_USERS, shards=SHARDS),
         optimizer=OptimizerConfig(warmup_steps=4, ema_decay=0.9),
         validation=ValidationConfig(every_epochs=2),
@@ -188,15 +246,26 @@ def config(storage: Path, sync: AnySync) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def alone(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Loop:
-    """The run in this process, without any process group."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    run = config(tmp_path_factory.mktemp("alone"), AllReduce(meet_every=1))
-    loop = Loop(run, store, LocalHost(run.folder))
-    loop.train()
-    torch.set_num_threads(threads)
-    return loop
+def alone_with(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Callable[[AnyLoss], Loop]:
+    """The run with a loss in this process, without any process group."""
+
+    @functools.cache
+    def alone(loss: AnyLoss) -> Loop:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        run = config(tmp_path_factory.mktemp("alone"), AllReduce(meet_every=1), loss)
+        loop = Loop(run, store, LocalHost(run.folder))
+        loop.train()
+        torch.set_num_threads(threads)
+        return loop
+
+    return alone
+
+
+@pytest.fixture
+def alone(alone_with: Callable[[AnyLoss], Loop], request: pytest.FixtureRequest) -> Loop:
+    """The run that a synchroniser, the parameter `name` of a test, is compared with."""
+    return alone_with(SYNCHRONISERS[request.getfixturevalue("name")].loss)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +278,7 @@ def folder_of(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         trials = [
             {
                 "name": name,
-                "run": to_mapping(config(folder / name, claimed.config)),
+                "run": to_mapping(config(folder / name, claimed.config, claimed.loss)),
                 "dies_after": DIES_AFTER,
                 "scatter": claimed.is_independent,
                 "lead": claimed.lead if world > 2 else None,
@@ -254,7 +323,7 @@ def left(folder: Path, world: int) -> Run:
 
 def is_close(own: Tensor, expected: Tensor, key: str) -> bool:
     """Moments have the size of gradients, which are summed in another order: compared by their own size."""
-    if key.startswith("optimizer."):
+    if key.startswith("optimizer.") or key.startswith("rows.exp_avg"):
         return float((own - expected).norm()) <= 1e-3 * float(expected.norm()) + 1e-7
     return torch.allclose(own, expected, rtol=0, atol=1e-5)
 
@@ -327,9 +396,11 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_been(folder_of: Callable[[int],
 def test_bytes_are_counted_as_documented(alone: Loop, folder_of: Callable[[int], Path], name: str, world: int) -> None:
     claimed = SYNCHRONISERS[name]
     own = numbers_of(alone.network)
-    for told in still(folder_of(world) / name, world):
+    for rank, told in enumerate(still(folder_of(world) / name, world)):
         assert told["sent"][:STILL_STEPS] == [
-            pytest.approx(claimed.sent(step, world, alone.network), abs=8 * step) for step in range(1, STILL_STEPS + 1)
+            pytest.approx(claimed.sent(step, world, alone.network) + rows, abs=8 * step)
+            for step in range(1, STILL_STEPS + 1)
+            for rows in [rows_sent(alone, claimed.rows_of, step, world, rank) if claimed.rows_of and world > 1 else 0]
         ]
         in_average, in_agree = np.diff(told["sent"][STILL_STEPS - 1 :])
         assert in_average == (ring(own, world) if claimed.is_independent else 0)

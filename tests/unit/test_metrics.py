@@ -1,6 +1,8 @@
 """Ranks and metrics against tables made by hand and against a slow reference that follows the definitions."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from elasticrec.evaluation.ranking import (
     training_counts,
 )
 from elasticrec.model.history import History
+from elasticrec.training.row_shards import own_rows
 
 
 def sequences_of(*users: list[int], times: list[int] | None = None) -> Sequences:
@@ -239,6 +242,69 @@ def test_the_size_of_a_batch_does_not_matter(batch: int) -> None:
     )
     assert one == other
     assert one.cases == 65
+
+
+class Columns:
+    """One of several workers, here threads: it scores some of the items and meets the others."""
+
+    def __init__(self, scorer: ByLastItem, own: range, told: list[Tensor], barrier: threading.Barrier) -> None:
+        self._scorer, self._own, self._told, self._barrier = scorer, own, told, barrier
+        self.first = own.start
+
+    def scores(self, history: History) -> Tensor:
+        return self._scorer.scores(history)[:, self._own.start : self._own.stop]
+
+    def largest(self, value: Tensor) -> Tensor:
+        return self._all(value).amax(dim=0)
+
+    def total(self, value: Tensor) -> Tensor:
+        return self._all(value).sum(dim=0)
+
+    def _all(self, value: Tensor) -> Tensor:
+        self._told.append(value)
+        self._barrier.wait(timeout=20)
+        everyone = torch.stack(list(self._told))
+        if self._barrier.wait(timeout=20) == 0:
+            self._told.clear()
+        self._barrier.wait(timeout=20)
+        return everyone
+
+
+def ranks_of_parts(
+    scorer: ByLastItem, sequences: Sequences, config: EvaluationConfig, n_items: int, parts: int
+) -> list[list[int]]:
+    told: list[Tensor] = []
+    barrier, cases = threading.Barrier(parts), split(LeaveOneOut(), sequences).test
+    columns = [Columns(scorer, own_rows(n_items + 1, part, parts), told, barrier) for part in range(parts)]
+
+    def ranks(part: Columns) -> list[int]:
+        return rank(part, sequences, cases, config, max_length=3, tops=False, part=part).rank_C.tolist()
+
+    with ThreadPoolExecutor(parts) as pool:
+        return list(pool.map(ranks, columns))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7])
+@pytest.mark.parametrize("remove_seen", [True, False])
+def test_workers_that_score_some_items_each_find_the_ranks_of_one_that_scores_all(
+    parts: int, remove_seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With many ties, and batches that are cut by the largest part."""
+    random = np.random.default_rng(0)
+    sequences = sequences_of(*(random.integers(1, 31, random.integers(3, 12)).tolist() for _ in range(65)))
+    scorer = ByLastItem(torch.from_numpy(random.normal(size=(31, 31)).round(1)))
+    config = EvaluationConfig(remove_seen=remove_seen, batch_cases=20)
+    expected = ranking_of(scorer, sequences, remove_seen=remove_seen)
+    assert any(place == MISS for place in expected.rank_C) == remove_seen
+    monkeypatch.setattr(ranking, "SCORE_BYTES", 20 * 70)
+    assert ranks_of_parts(scorer, sequences, config, 30, parts) == [expected.rank_C.tolist()] * parts
+
+
+def test_all_workers_tell_of_scores_of_one_that_are_no_numbers() -> None:
+    score_II = torch.zeros(31, 31)
+    score_II[:, 29] = float("nan")
+    with pytest.raises(ElasticRecError, match="hold NaN"):
+        ranks_of_parts(ByLastItem(score_II), sequences_of([1, 2, 3]), EvaluationConfig(), 30, 3)
 
 
 def test_scores_of_a_large_catalogue_are_held_for_a_few_cases_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,9 +112,12 @@ class Plan:
 
     def shard(self, step: int, shard: int) -> Int64:
         """The users of one logical shard of a step; the V shards together are `users(step)`."""
-        users_B = self.users(step)
-        bounds = np.linspace(0, len(users_B), self.config.shards + 1).astype(np.int64)
-        return users_B[bounds[shard] : bounds[shard + 1]]
+        return self.users(step)[self.place(step, range(shard, shard + 1))]
+
+    def place(self, step: int, shards: range) -> slice:
+        """Where the users of neighbouring shards are among `users(step)`."""
+        bounds = np.linspace(0, len(self.users(step)), self.config.shards + 1).astype(np.int64)
+        return slice(int(bounds[shards.start]), int(bounds[shards.stop]))
 
     def tokens(self, step: int) -> int:
         """Targets in the whole global step, which is what the loss is divided by."""

@@ -47,6 +47,38 @@ class Scorer(Protocol):
         ...
 
 
+class Part(Protocol):
+    """Which items a scorer scores. Of several parts all rank the same cases at the same time, and agree by these."""
+
+    @property
+    def first(self) -> int:
+        """The item of the first column."""
+        ...
+
+    def largest(self, value: Tensor) -> Tensor:
+        """Of all parts."""
+        ...
+
+    def total(self, value: Tensor) -> Tensor:
+        """Over all parts."""
+        ...
+
+
+class Whole:
+    """All items."""
+
+    first = PAD
+
+    def largest(self, value: Tensor) -> Tensor:
+        return value
+
+    def total(self, value: Tensor) -> Tensor:
+        return value
+
+
+WHOLE = Whole()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranking:
     """Where each answer landed, and what was shown."""
@@ -95,28 +127,31 @@ def rank(
     max_length: int,
     tops: bool = True,
     advance: Callable[[int], None] = lambda _: None,
+    part: Part = WHOLE,
 ) -> Ranking:
     """Ranks of all answers. Ties go to the more popular item (the smaller index), so that the result is one.
 
     Args:
         tops: false leaves `top_CK` and `score_CK` empty, which saves the search for the best items.
+        part: what the scorer has of the catalogue; with a part of it there are no `tops`.
 
     Raises:
         ElasticRecError: the scorer gave NaN.
     """
+    assert part is WHOLE or not tops, "the best items of all parts are not looked for"
     rank_parts, top_parts = [np.empty(0, dtype=np.int64)], [np.empty((0, max(config.ks)), dtype=np.int64)]
     score_parts = [np.empty((0, max(config.ks)), dtype=np.float32)]
-    for batch in _affordable(scorer, sequences, cases, config.batch_cases, max_length):
+    for batch in _affordable(scorer, sequences, cases, config.batch_cases, max_length, part):
         score_BI = scorer.scores(histories(sequences, batch, max_length)).float()
-        if torch.isnan(score_BI).any():
+        if part.total(torch.isnan(score_BI).any().long()):
             raise ElasticRecError("the model's scores hold NaN; it has diverged, train with a lower learning rate")
         score_BI = score_BI.clone()
-        score_BI[:, PAD] = float("-inf")
+        if part.first == PAD:
+            score_BI[:, PAD] = float("-inf")
         if config.remove_seen:
-            row_S, item_S = _seen(sequences, batch)
-            score_BI[row_S.to(score_BI.device), item_S.to(score_BI.device)] = float("-inf")
+            score_BI[_places(score_BI, *_seen(sequences, batch), part)] = float("-inf")
         target_B = torch.from_numpy(sequences.item_E[batch.target_C].astype(np.int64)).to(score_BI.device)
-        rank_parts.append(_rank_of(score_BI, target_B))
+        rank_parts.append(_rank_of(score_BI, target_B, part))
         if tops:
             top_BK, score_BK = _top(score_BI, max(config.ks))
             top_parts.append(top_BK)
@@ -174,10 +209,14 @@ def training_counts(sequences: Sequences, split: SplitData, n_items: int) -> Int
     return count_I
 
 
-def _affordable(scorer: Scorer, sequences: Sequences, cases: Cases, size: int, max_length: int) -> Iterator[Cases]:
+def _affordable(
+    scorer: Scorer, sequences: Sequences, cases: Cases, size: int, max_length: int, part: Part
+) -> Iterator[Cases]:
     """Batches of `size`, cut further where the catalogue is so large that their scores would not fit."""
-    first = next(_batches(cases, 1), cases)
-    n_scores = scorer.scores(histories(sequences, first, max_length)).shape[1] if len(first) else 1
+    first, n_scores = next(_batches(cases, 1), cases), 1
+    if len(first):
+        score_BI = scorer.scores(histories(sequences, first, max_length))
+        n_scores = int(part.largest(torch.tensor(score_BI.shape[1], device=score_BI.device)))
     fit = max(1, SCORE_BYTES // (_BYTES_OF_SCORE * n_scores))
     for batch in _batches(cases, size):
         yield from _batches(batch, fit)
@@ -203,11 +242,21 @@ def _seen(sequences: Sequences, cases: Cases) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(row_S), torch.from_numpy(item_S.astype(np.int64))
 
 
-def _rank_of(score_BI: Tensor, target_B: Tensor) -> Int64:
-    target_score_B1 = score_BI.gather(1, target_B[:, None])
-    index_I = torch.arange(score_BI.shape[1], device=score_BI.device)
+def _places(score_BI: Tensor, row_S: Tensor, item_S: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    """Row and column of pairs of a case and an item, of those that the part has."""
+    row_S, column_S = row_S.to(score_BI.device), item_S.to(score_BI.device) - part.first
+    here_S = (column_S >= 0) & (column_S < score_BI.shape[1])
+    return row_S[here_S], column_S[here_S]
+
+
+def _rank_of(score_BI: Tensor, target_B: Tensor, part: Part) -> Int64:
+    target_score_B1 = torch.full_like(target_B, -torch.inf, dtype=score_BI.dtype)[:, None]
+    row_H, column_H = _places(score_BI, torch.arange(len(target_B)), target_B, part)
+    target_score_B1[row_H, 0] = score_BI[row_H, column_H]
+    target_score_B1 = part.largest(target_score_B1)
+    index_I = torch.arange(part.first, part.first + score_BI.shape[1], device=score_BI.device)
     better_BI = (score_BI > target_score_B1) | ((score_BI == target_score_B1) & (index_I < target_B[:, None]))
-    rank_B = better_BI.sum(dim=1)
+    rank_B = part.total(better_BI.sum(dim=1))
     rank_B[torch.isinf(target_score_B1[:, 0])] = MISS
     return np.asarray(rank_B.cpu().numpy(), dtype=np.int64)
 

@@ -18,6 +18,7 @@ from elasticrec.model.mean import MeanEncoder, MeanEncoderConfig
 from elasticrec.model.quantized import ItemTable
 from elasticrec.model.tables import Precision, make_table
 
+TABLE = "encoder.items.weight_ID"  # the item table among a network's parameters
 AnyEncoder = EncoderConfig | MeanEncoderConfig
 
 
@@ -40,11 +41,13 @@ class NetworkConfig:
 class Network(nn.Module):
     """A sequence recommender."""
 
-    def __init__(self, config: NetworkConfig, n_items: int) -> None:
+    def __init__(self, config: NetworkConfig, n_items: int, table: ItemTable | None = None) -> None:
+        """`table`: to be used in the place of a new one."""
         super().__init__()
         self.config = config
         self.n_items = n_items
-        table = make_table(config.table, n_items + 1, config.encoder.width, config.table_rank)
+        if table is None:
+            table = make_table(config.table, n_items + 1, config.encoder.width, config.table_rank)
         self.encoder = make_encoder(config.encoder, table)
         set_linears(self.encoder, config.linear)
         self.head = make_head(config.head, config.encoder.width)

@@ -18,6 +18,8 @@ from elasticrec.model import integers
 _CHUNK_ROWS = 4096  # of width 64 to 256 as float32: 1 to 4 MB, about a core's cache
 _GPU_CHUNK_ROWS = 1 << 18  # a GPU is launched at once for so many
 _SMALLEST_LENGTH = 1e-12  # as in F.normalize, for the padding row
+_SPREAD = 0.02  # standard deviation of a new table
+_DRAWN_ROWS = 1 << 16  # at a time; a multiple of 16, in which torch draws normal numbers on a CPU
 
 
 class Focus(NamedTuple):
@@ -110,12 +112,18 @@ class ItemTable(nn.Module):
 class FloatTable(ItemTable):
     """float32 rows; the only table that is trained."""
 
-    def __init__(self, rows: int, width: int) -> None:
+    def __init__(self, rows: int, width: int, own: range | None = None) -> None:
+        """`own`: those of the rows that are held here, where several workers hold one table together."""
         super().__init__(width)
-        self.weight_ID = nn.Parameter(torch.empty(rows, width))
-        nn.init.normal_(self.weight_ID, std=0.02)
-        with torch.no_grad():
-            self.weight_ID[0].zero_()
+        self.own = own
+        self.weight_ID = nn.Parameter(new_rows(rows, width, range(rows) if own is None else own))
+
+    @classmethod
+    def of(cls, row_ID: Tensor) -> "FloatTable":
+        """These very rows, not a copy, and not trained."""
+        table = cls(0, row_ID.shape[1])
+        table.weight_ID = nn.Parameter(row_ID, requires_grad=False)
+        return table
 
     def forward(self, index: Tensor) -> Tensor:
         return F.embedding(index, self.rows(), padding_idx=0)
@@ -126,6 +134,25 @@ class FloatTable(ItemTable):
 
     def _products(self, query_BD: Tensor) -> Tensor:
         return query_BD @ self.weight_ID.t()
+
+
+@torch.no_grad()
+def new_rows(rows: int, width: int, own: range) -> Tensor:
+    """Some neighbouring rows of a new table, the others drawn and dropped: the same ones whoever holds how many."""
+    row_OD = torch.empty(len(own), width)
+    begins = list(
+        range(0, max(1, rows - _DRAWN_ROWS + 1), _DRAWN_ROWS)
+    )  # torch redraws the last 16 numbers of an odd end
+    for begin, end in zip(begins, [*begins[1:], rows], strict=True):
+        low, high = max(begin, own.start), min(end, own.stop)
+        if (low, high) == (begin, end):
+            row_OD[begin - own.start : end - own.start].normal_(std=_SPREAD)
+            continue
+        drawn_RD = torch.empty(end - begin, width).normal_(std=_SPREAD)
+        if low < high:
+            row_OD[low - own.start : high - own.start] = drawn_RD[low - begin : high - begin]
+    row_OD[: max(0, 1 - own.start)] = 0.0  # padding
+    return row_OD
 
 
 class BFloat16Table(ItemTable):

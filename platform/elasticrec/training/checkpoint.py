@@ -126,12 +126,19 @@ def _read_state(folder: Path, part: Part) -> dict[str, Any]:
     return state
 
 
-def read_tensors(folder: Path, sharded: "Mapping[str, DTensor] | None" = None) -> dict[str, Tensor]:
-    """All tensors, on the CPU; of parameters that are `sharded` now, and what belongs to them, this worker's part."""
+def read_tensors(folder: Path, sharded: "Mapping[str, DTensor] | None" = None, prefix: str = "") -> dict[str, Tensor]:
+    """All tensors, on the CPU; of what is `sharded` now this worker's part.
+
+    Args:
+        sharded: parameters by their name, which stand for what belongs to them too, or other tensors by their full one.
+        prefix: of names; others are not read.
+    """
     parts = int(json.loads((folder / STATE).read_text(encoding="utf-8"))["parts"])
     reader = Reader([folder / Part(rank=rank, parts=parts).tensors for rank in range(parts)])
     tensors: dict[str, Tensor] = {}
     for name, shape in reader.shapes.items():
+        if not name.startswith(prefix):
+            continue
         target = _target(name, sharded or {})
         split = target is not None and tuple(target.shape) == shape
         tensors[name] = reader.like(name, target) if split and target is not None else reader.whole(name)
@@ -139,9 +146,9 @@ def read_tensors(folder: Path, sharded: "Mapping[str, DTensor] | None" = None) -
 
 
 def _target(name: str, sharded: "Mapping[str, DTensor]") -> "DTensor | None":
-    """The parameter that `averaged.NAME` or `optimizer.NAME.exp_avg` belongs to."""
+    """The tensor itself, or the parameter that `averaged.NAME` or `optimizer.NAME.exp_avg` belongs to."""
     _, _, parameter = name.partition(".")
-    return sharded.get(parameter, sharded.get(parameter.rpartition(".")[0]))
+    return sharded.get(name, sharded.get(parameter, sharded.get(parameter.rpartition(".")[0])))
 
 
 def newest_valid(folders: Iterable[Path], digest: str) -> Path | None:

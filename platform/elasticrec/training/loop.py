@@ -9,7 +9,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,8 @@ from elasticrec.training.optimizer import AveragedWeights, learning_rate, make_o
 from elasticrec.training.pieces import Snapshot, is_sharded
 from elasticrec.training.run import RunConfig
 from elasticrec.training.saver import Saver
-from elasticrec.training.step_table import step_table
-from elasticrec.training.stopwatch import ForwardStopwatch
+from elasticrec.training.step_table import new_network, step_table
+from elasticrec.training.stopwatch import ForwardStopwatch, Laps, mark_of
 from elasticrec.training.sync.exact import Exact
 from elasticrec.training.sync.protocol import Link, Synchroniser, Tokens
 from elasticrec.training.tally import Share, Tally, meet, sample_key
@@ -53,7 +53,12 @@ class _Pending:
 
     losses: list[Tensor] = field(default_factory=list)
     shares: list[Share] = field(default_factory=list)
+    laps: list[Laps] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def timed_shares(self) -> list[Share]:
+        """A GPU is waited for, as it is in a meeting anyway."""
+        return [replace(share, forward_s=laps.seconds()) for share, laps in zip(self.shares, self.laps, strict=True)]
 
 
 class Loop:
@@ -82,9 +87,7 @@ class Loop:
         encoder = run.network.encoder
         self.plan = Plan(run.plan, store.sequences, self.split, encoder.max_length, encoder.inputs)
         torch.manual_seed(run.plan.seed)
-        self.network = Network(run.network, store.n_items).to(host.device)
-        if weights is not None:
-            self.network.load_state_dict(weights)
+        self.network = new_network(run, store.n_items, weights).to(host.device)
         self.sync: Synchroniser = run.sync
         if run.elastic.exact:
             self.sync = Exact(shards=run.plan.shards, meet_every=run.sync.meet_every)
@@ -92,9 +95,10 @@ class Loop:
         self.loss = make_loss(self.network, run.loss)
         compute.apply(run.compute, self.loss, host.device)
         self.feed = Feed(self.plan, compute.shapes(run.compute, host.device), self.total_steps)
-        self._forward = ForwardStopwatch(self.loss)
+        self._forward = ForwardStopwatch(self.loss, mark_of(host.device))
         self.averaged = AveragedWeights(self.network, run.optimizer.ema_decay)
-        self.table = step_table(run, store, self.plan, self.network, self.averaged, self._rate)
+        self._balance = Balance(equal_split(host.world, run.plan.shards))
+        self.table = step_table(run, store, self.plan, self.network, self.averaged, self._rate, self._shards)
         self.optimizer = make_optimizer(run.optimizer, self.network)
         self.best_weights = _copy(self.averaged.state())
         self.best = Best()
@@ -104,7 +108,6 @@ class Loop:
         self._averaged_at = 0  # step at which all workers had the same averaged weights
         self._link_state: dict[str, Tensor] = {}
         self._sent_bytes = 0  # before this worker started
-        self._balance = Balance(equal_split(host.world, run.plan.shards))
         self._snapshot, self._saver = Snapshot(), Saver(run.checkpoint.background)
         self._resume()
 
@@ -149,6 +152,9 @@ class Loop:
     def _rate(self, step: int) -> float:
         return learning_rate(self.run.optimizer, step, self.total_steps)
 
+    def _shards(self, rank: int) -> range:
+        return self._balance.shards(rank)
+
     def _is_meeting(self) -> bool:
         return self.step % self.sync.meet_every == 0 or self._is_validation()
 
@@ -167,13 +173,14 @@ class Loop:
         self.averaged.update(self.network, self.step)
         pending.losses.append(loss)
         pending.shares.append(share)
+        pending.laps.append(self._forward.take())
         pending.lines.append(
             {
                 "step": self.step,
                 "epoch": self.step // self.plan.steps_per_epoch,
                 "learning_rate": rate,
                 "workers": self.host.world,
-                "sent_bytes": self._sent_bytes + link.sent_bytes,
+                "sent_bytes": self._sent_bytes + link.sent_bytes + self.table.sent_bytes,
                 "seconds": time.monotonic() - start_s,
                 "time": time.time(),
             }
@@ -190,7 +197,7 @@ class Loop:
         for place, piece in enumerate(pieces):
             torch.manual_seed(_piece_seed(self.run.plan.seed, self.step, piece.key))
             loss += link.accumulate(self.table.placed(piece.batch), tokens, last=place == len(pieces) - 1)
-        share = Share(tokens=mine, samples=len(users), sample_key=sample_key(users), forward_s=self._forward.take_s())
+        share = Share(tokens=mine, samples=len(users), sample_key=sample_key(users))
         return loss, share
 
     def _pieces(self) -> list[Piece]:
@@ -199,7 +206,7 @@ class Loop:
         Exact mode runs each shard that has users by itself, so that neither the random numbers nor the rounding of a
         forward pass depend on who runs it. Otherwise all shards of a worker are one piece.
         """
-        mine = tuple(self._balance.shards(self.host.rank))
+        mine = tuple(self._shards(self.host.rank))
         if self.run.elastic.exact:
             pieces = self.feed.take(self.step, [Cut(shard, (shard,)) for shard in mine])
             return [piece for piece in pieces if len(piece.users_B)]
@@ -211,7 +218,7 @@ class Loop:
         Returns whether to save, and whether to leave. Whatever one worker wishes, all of them do.
         """
         wishes = [due, self.host.leaving(), self._saver.failure is not None]
-        tallies, (save, leave, failed) = meet(pending.losses, pending.shares, wishes, self.host.device)
+        tallies, (save, leave, failed) = meet(pending.losses, pending.timed_shares(), wishes, self.host.device)
         for tally, line in zip(tallies, pending.lines, strict=True):
             if not math.isfinite(tally.loss):
                 raise TrainingError(self._divergence(line["step"]))
@@ -285,14 +292,19 @@ class Loop:
         return rank_metrics(rank_C, self.run.evaluation)[0]
 
     def _cases_of(self, worker: int) -> Int64:
-        """The validation cases of a worker: every W-th batch. A batch is the same whatever the number of workers."""
-        case_C = np.arange(len(self.split.validation))
-        return np.asarray(case_C[case_C // self.run.evaluation.batch_cases % self.host.world == worker])
+        """The validation cases of a worker: every W-th batch. A batch is the same whatever the number of workers.
+
+        Workers that rank together have the same.
+        """
+        case_C, groups = np.arange(len(self.split.validation)), self.host.world // self.table.rankers
+        batch_C = case_C // self.run.evaluation.batch_cases
+        return np.asarray(case_C[batch_C % groups == worker // self.table.rankers])
 
     def _ranks(self, network: Network) -> Int64:
         cases = self.split.validation.take(self._cases_of(self.host.rank))
-        length = self.plan.max_length
-        return rank(network, self.store.sequences, cases, self.run.evaluation, max_length=length, tops=False).rank_C
+        scorer, part = self.table.scorer(network)
+        config, length = self.run.evaluation, self.plan.max_length
+        return rank(scorer, self.store.sequences, cases, config, max_length=length, tops=False, part=part).rank_C
 
     def _save(self, link: Link, journal: "Journal | _NoJournal", finished: bool = False) -> None:
         link.agree()
@@ -304,7 +316,7 @@ class Loop:
             best=asdict(self.best),
             running=self.running,
             history=tuple(self.history),
-            sent_bytes=self._sent_bytes + link.sent_bytes,
+            sent_bytes=self._sent_bytes + link.sent_bytes + self.table.sent_bytes,
         )
         # Ray takes one report a second and blocks workers meanwhile, so epochs are told along with checkpoints.
         metrics = {**(self.history[-1] if self.history else {}), "step": self.step, "finished": finished}
@@ -367,7 +379,8 @@ class Loop:
         self._sent_bytes = position.sent_bytes
 
     def _sharded(self) -> "dict[str, DTensor]":
-        return {name: parameter for name, parameter in self.network.named_parameters() if is_sharded(parameter)}
+        tensors = dict(self.network.named_parameters()) | checkpoint.flatten("rows", self.table.state())
+        return {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
 
     def _journal(self) -> contextlib.AbstractContextManager["Journal | _NoJournal"]:
         if self.host.rank == 0:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from elasticrec.errors import ConfigError
-from elasticrec.model.network import Network
-from elasticrec.training.pieces import is_sharded
+from elasticrec.model.network import TABLE, Network
+from elasticrec.model.quantized import FloatTable
+from elasticrec.training.pieces import is_sharded, local
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +81,8 @@ class AveragedWeights:
     def worn_by(self, network: Network) -> Iterator[Network]:
         """A network with the averaged weights, in evaluation mode, within the block.
 
-        It is `network` itself, or where a worker holds only a part of it a whole copy: a collective then.
+        It is `network` itself, or where a worker holds only a part of it a whole copy: a collective then. Of an item
+        table that is trained apart from the rest, the copy too has the rows that are held here, and those alone.
         """
         if any(is_sharded(average) for average in self._average.values()):
             yield self._gathered(network)
@@ -95,10 +97,11 @@ class AveragedWeights:
             network.train()
 
     def _gathered(self, network: Network) -> Network:
-        average = {
-            name: average.full_tensor() if is_sharded(average) else average for name, average in self._average.items()
-        }
-        copy = Network(network.config, network.n_items).to(next(iter(average.values())).device)
+        items, average, own = network.encoder.items, dict(self._average), None
+        if isinstance(items, FloatTable) and items.own is not None:
+            own = FloatTable.of(local(average.pop(TABLE)))
+        average = {name: part.full_tensor() if is_sharded(part) else part for name, part in average.items()}
+        copy = Network(network.config, network.n_items, own).to(next(iter(average.values())).device)
         copy.load_state_dict(average, strict=False)  # what is no parameter is the same in every network of a config
         return copy.eval()
 

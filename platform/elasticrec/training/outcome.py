@@ -25,7 +25,7 @@ _CASES: Final = 2_000  # test cases whose answers are kept as a distribution
 def best_network(trained: Trained, n_items: int) -> Network:
     """The averaged weights of the best epoch, in evaluation mode."""
     network = Network(trained.run.network, n_items)
-    network.load_state_dict(section(read_tensors(trained.checkpoint), "best"))
+    network.load_state_dict(section(read_tensors(trained.checkpoint, prefix="best."), "best"))
     return network.eval().requires_grad_(False)
 
 

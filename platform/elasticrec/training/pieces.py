@@ -55,6 +55,11 @@ def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this worker holds of a tensor, not a copy."""
+    return tensor.to_local().detach() if is_sharded(tensor) else tensor.detach()
+
+
 def _own_piece(tensor: Tensor, rank: int) -> Piece | None:
     if is_sharded(tensor):
         return _own_shard(tensor)
@@ -64,8 +69,8 @@ def _own_piece(tensor: Tensor, rank: int) -> Piece | None:
 def _own_shard(tensor: "DTensor") -> Piece | None:
     coordinate = list(tensor.device_mesh.get_coordinate() or ())
     copies = [place for place, kind in zip(coordinate, tensor.placements, strict=True) if kind.is_replicate()]
-    local, offset = tensor.to_local().detach(), _offset(tensor)
-    return Piece(local, offset, tuple(tensor.shape)) if local.numel() and not any(copies) else None
+    held, offset = local(tensor), _offset(tensor)
+    return Piece(held, offset, tuple(tensor.shape)) if held.numel() and not any(copies) else None
 
 
 def _offset(tensor: "DTensor") -> tuple[int, ...]:
@@ -102,8 +107,8 @@ class Reader:
         """The same part of a tensor as this worker holds of `target`, which is sharded; the others hold the rest."""
         from torch.distributed.tensor import DTensor
 
-        local = target.to_local()
-        box = self._box(name, _offset(target), tuple(local.shape)).to(local.device)
+        held = local(target)
+        box = self._box(name, _offset(target), tuple(held.shape)).to(held.device)
         return DTensor.from_local(
             box, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
         )
@@ -115,9 +120,12 @@ class Reader:
                 continue
             found = file.get_slice(name)
             overlap = _overlap(begin, shape, places[name]["offset"], found.get_shape())
-            # A scalar cannot be sliced, and where nothing overlaps only the type is of interest.
-            part: Tensor = found[overlap.in_piece] if overlap and overlap.in_piece else file.get_tensor(name)
-            if part.shape == shape and overlap:
+            if overlap is None:  # only the type is of interest
+                parts.append((found[:0], None))
+                continue
+            # A scalar cannot be sliced.
+            part: Tensor = found[overlap.in_piece] if overlap.in_piece else file.get_tensor(name)
+            if part.shape == shape:
                 return part
             parts.append((part, overlap))
         box = parts[0][0].new_empty(shape)

@@ -100,10 +100,10 @@ class RunConfig:
                 f"{self.plan.shards} shards cannot feed {self.elastic.max_workers} workers; "
                 "raise plan.shards or lower elastic.max_workers"
             )
-        if isinstance(self.loss, SampledSoftmax) and not isinstance(self.sync, AllReduce):
+        if isinstance(self.loss, SampledSoftmax) and not isinstance(self.sync, AllReduce | Sharded):
             raise ConfigError(
                 f"loss '{self.loss.kind}' trains only the rows that a step touches, which sync '{self.sync.kind}' "
-                "cannot agree on; use sync.kind all_reduce, or loss.kind full_softmax"
+                "cannot agree on; use sync.kind all_reduce or sharded, or loss.kind full_softmax"
             )
         if self.elastic.exact and (not isinstance(self.sync, AllReduce) or self.sync.hook is not None):
             raise ConfigError(

@@ -1,27 +1,96 @@
 """A module in, the seconds that its forward passes took out: the part of a step that waits for no other worker."""
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 
-class ForwardStopwatch:
-    """Counts on the host's clock; on a GPU that is the time to launch."""
+class Mark(Protocol):
+    """A moment; `torch.cuda.Event` is one, on the clock of the stream in which it is recorded."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._start_s = 0.0
-        self._seconds = 0.0
+    def record(self) -> None:
+        """It is now, or on a GPU when all that was launched before is done."""
+        ...
+
+    def synchronize(self) -> None:
+        """Waits until the moment has come."""
+        ...
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds from this moment to another; both must have come."""
+        ...
+
+
+class HostMark:
+    """A moment of the host's clock."""
+
+    def __init__(self) -> None:
+        self._at_s = 0.0
+
+    def record(self) -> None:
+        self._at_s = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """It has come."""
+
+    def elapsed_time(self, end_event: "HostMark") -> float:
+        return 1e3 * (end_event._at_s - self._at_s)
+
+
+class Laps:
+    """Forward passes of a step. On a GPU they may still be under way, so nobody asks before workers meet anyway."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[Mark, Mark]] = []
+
+    def add(self, begin: Mark, end: Mark) -> None:
+        """One more forward pass."""
+        self._marks.append((begin, end))
+
+    def seconds(self) -> float:
+        """Of all passes together; waits for the last one."""
+        if self._marks:
+            self._marks[-1][1].synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in self._marks) / 1e3
+
+
+class ForwardStopwatch:
+    """Puts a mark before and after each forward pass, and reads none: a GPU is not waited for."""
+
+    def __init__(self, module: nn.Module, make_mark: Callable[[], Mark] = HostMark) -> None:
+        """`make_mark`: of the clock of the module's device, see `mark_of`."""
+        self._make_mark = make_mark
+        self._begin_mark: Mark | None = None
+        self._laps = Laps()
         module.register_forward_pre_hook(self._begin)
         module.register_forward_hook(self._end)
 
-    def take_s(self) -> float:
-        """Seconds since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+    def take(self) -> Laps:
+        """The passes since the last call."""
+        laps, self._laps = self._laps, Laps()
+        return laps
 
     def _begin(self, *_: Any) -> None:
-        self._start_s = time.perf_counter()
+        self._begin_mark = None if _is_recorded() else self._mark()
 
     def _end(self, *_: Any) -> None:
-        self._seconds += time.perf_counter() - self._start_s
+        if self._begin_mark is not None:
+            self._laps.add(self._begin_mark, self._mark())
+
+    def _mark(self) -> Mark:
+        mark = self._make_mark()
+        mark.record()
+        return mark
+
+
+def mark_of(device: torch.device) -> Callable[[], Mark]:
+    """What makes marks of a device's clock."""
+    return HostMark if device.type != "cuda" else lambda: torch.cuda.Event(enable_timing=True)
+
+
+def _is_recorded() -> bool:
+    """Whether a CUDA graph records the pass instead of running it: a mark would be a part of the graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -20,7 +20,7 @@ class Share:
     tokens: int
     samples: int
     sample_key: int  # sum of a hash of each user that was trained on: tells a repeated from a skipped sample
-    forward_s: float  # seconds of the forward passes, which wait for nobody
+    forward_s: float = 0.0  # of the forward passes, which wait for nobody; known when workers meet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from elasticrec.errors import ConfigError
 from elasticrec.model.loss import Batch, SummedLoss
 from elasticrec.model.network import Network
+from elasticrec.model.quantized import FloatTable
 from elasticrec.training.pieces import is_sharded
+from elasticrec.training.row_shards import as_sharded, own_rows
 from elasticrec.training.sync.protocol import Tokens
 from elasticrec.training.sync.transport import ring_bytes, size_bytes, world_size
 
@@ -26,7 +28,8 @@ from elasticrec.training.sync.transport import ring_bytes, size_bytes, world_siz
 class Sharded:
     """Blocks are units of their own; the item table (by rows) and what is left make up the outermost unit.
 
-    The table is needed first, for inputs, and last, for the loss, so it stays gathered from forward to backward.
+    The table is needed first, for inputs, and last, for the loss, so it stays gathered from forward to backward. One of
+    which a step trains but the rows that it touches is never gathered: `training.shared_rows` moves those rows alone.
     """
 
     kind: ClassVar[str] = "sharded"
@@ -50,6 +53,20 @@ class Sharded:
                 "2; change one of them, or leave sync.replicas at 1"
             )
 
+    def own_rows(self, rows: int) -> range:
+        """Those of a table that this worker holds.
+
+        Raises:
+            ConfigError: there are none for the last worker.
+        """
+        shards = world_size() // self._groups()
+        if not own_rows(rows, shards - 1, shards):
+            raise ConfigError(
+                f"an item table of {rows} rows leaves the last of {shards} workers none; lower elastic.max_workers, "
+                "or use sync.kind all_reduce"
+            )
+        return own_rows(rows, dist.get_rank() % shards, shards) if shards > 1 else range(rows)
+
     def prepare(self, network: Network) -> None:
         """Leaves each worker with its rows. A single worker, all that an elastic run may have left, keeps all."""
         if world_size() == 1:
@@ -57,18 +74,23 @@ class Sharded:
         from torch.distributed.fsdp import fully_shard  # 0.6 s, which no other run has to wait for
 
         mesh = self._mesh(next(network.parameters()).device.type)
+        left_out = {*_scalars(network), *_own_rows_wrapped(network, mesh)}
         for block in _blocks(network):
             fully_shard(block, mesh=mesh)
         network.register_forward_hook(_copied)
-        fully_shard(network, mesh=mesh, reshard_after_forward=False, ignored_params=set(_scalars(network)))
+        fully_shard(network, mesh=mesh, reshard_after_forward=False, ignored_params=left_out)
 
     def _mesh(self, device: str) -> DeviceMesh:
-        # Where an elastic run has a number of workers that does not divide, there are fewer replicas, at worst one.
+        world, groups = world_size(), self._groups()
+        if groups == 1:
+            return init_device_mesh(device, (world,))
+        return init_device_mesh(device, (groups, world // groups), mesh_dim_names=("replicas", "shards"))
+
+    def _groups(self) -> int:
+        """R: where an elastic run has a number of workers that does not divide, there are fewer, at worst one."""
         world = world_size()
         replicas = math.gcd(self.replicas, world)
-        if replicas in (1, world):
-            return init_device_mesh(device, (world,))
-        return init_device_mesh(device, (replicas, world // replicas), mesh_dim_names=("replicas", "shards"))
+        return 1 if replicas == world else replicas
 
     @contextlib.contextmanager
     def attach(self, loss: SummedLoss, optimizer: torch.optim.Optimizer) -> Iterator["ShardedLink"]:
@@ -100,9 +122,16 @@ class ShardedLink:
         return loss.detach()
 
     def step(self) -> None:
+        self._average_rows()
         self._average_scalars()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def _average_rows(self) -> None:
+        """Of the rows in focus, whose owners add up what workers send them in `SharedRows.update`."""
+        rows_VD = self._loss.step_rows()
+        if self._world > 1 and rows_VD is not None and rows_VD.grad is not None:
+            rows_VD.grad.div_(self._world)
 
     def _average_scalars(self) -> None:
         """FSDP cannot shard what has no rows: every worker holds it."""
@@ -153,8 +182,18 @@ def _cost_of(network: Network) -> _Cost:
 
 
 def _padded_bytes(parameters: Iterator[nn.Parameter], shards: int) -> int:
-    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    sharded = [parameter for parameter in parameters if is_sharded(parameter) and parameter.requires_grad]
     return sum(-(-len(p) // shards) * shards * (p.numel() // len(p)) * p.element_size() for p in sharded)
+
+
+def _own_rows_wrapped(network: Network, mesh: DeviceMesh) -> list[nn.Parameter]:
+    """The item table that holds but this worker's rows, as part of the whole; none where it is as any parameter."""
+    items = network.encoder.items
+    if not isinstance(items, FloatTable) or items.own is None:
+        return []
+    whole = as_sharded(items.weight_ID.detach(), network.n_items + 1, mesh)
+    items.weight_ID = nn.Parameter(whole, requires_grad=False)
+    return [items.weight_ID]
 
 
 def _copied(_module: nn.Module, _inputs: object, h_BTD: Tensor) -> Tensor:
