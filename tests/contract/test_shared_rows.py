@@ -22,7 +22,7 @@ from elasticrec.data.sequences import Sequences, Store, write_store
 from elasticrec.evaluation.ranking import EvaluationConfig
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import TABLE, NetworkConfig
-from elasticrec.model.sampled import InBatch, Popularity, SampledSoftmax, Source, Uniform
+from elasticrec.model.sampled import InBatch, Popularity, SampledSoftmax, Source
 from elasticrec.training.checkpoint import read_tensors
 from elasticrec.training.host import LocalHost
 from elasticrec.training.journal import EPOCHS, STEPS, read
@@ -36,7 +36,6 @@ FAMILY = Path(__file__).with_name("family.py")
 N_USERS, N_ITEMS, WIDTH = 37, 2_000, 16  # 4 steps an epoch, the last with one user: others have none then
 SOURCES: dict[str, Source] = {
     "popularity": Popularity(negatives=20),
-    "uniform": Uniform(negatives=20),
     "in_batch": InBatch(uniform=9),
 }
 
@@ -52,7 +51,6 @@ class Case:
 
 CASES = {
     "popularity": Case(source="popularity", lives=[(2, None)]),
-    "uniform": Case(source="uniform", lives=[(2, None)]),
     "in batch": Case(source="in_batch", lives=[(2, None)]),
     "2, 1, 3, 2 workers with kills": Case(source="popularity", lives=[(2, 2), (1, 1), (3, 2), (2, None)]),
     "two replicas": Case(source="popularity", lives=[(4, None)], sync=Sharded(meet_every=1, replicas=2)),
@@ -158,7 +156,7 @@ def test_the_state_is_that_of_one_that_holds_everything(
 
 
 def test_each_worker_writes_its_own_rows(folders: dict[str, Path]) -> None:
-    size_of_part = [part.stat().st_size for part in newest(folders["uniform"]).glob("state-*.safetensors")]
+    size_of_part = [part.stat().st_size for part in newest(folders["popularity"]).glob("state-*.safetensors")]
     assert len(size_of_part) == 2
     assert max(size_of_part) < 0.55 * sum(size_of_part)
 
