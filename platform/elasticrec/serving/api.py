@@ -23,6 +23,8 @@ MAX_QUERY_CHARACTERS: Final = 256
 MAX_TITLE_CHARACTERS: Final = 1_000
 MAX_ITEM_CATEGORIES: Final = 100
 MAX_ITEM_ATTRIBUTES: Final = 50
+MAX_VECTOR: Final = 8_192
+MAX_ENTRY: Final = 1e6  # of a vector: its products stay finite in float32
 MAX_EVENTS: Final = 1_000
 MAX_ID_CHARACTERS: Final = 256
 MAX_BODY_BYTES: Final = 1 << 20
@@ -37,6 +39,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+Entry = Annotated[float, Field(ge=-MAX_ENTRY, le=MAX_ENTRY, allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Seconds = Annotated[int, Field(ge=0, le=MAX_TIMESTAMP_S), BeforeValidator(_whole)]  # since the epoch
 
@@ -221,6 +224,12 @@ class PutItem(BaseModel):
     interactions: Whole = Field(
         default=0, ge=0, le=MAX_TIMESTAMP_S, description="where a new item stands among the popular ones"
     )
+    vector: list[Entry] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_VECTOR,
+        description="as the model's content tower was fitted with, of text or pictures; 409 where it does not fit",
+    )
 
 
 class Event(BaseModel):
@@ -383,6 +392,14 @@ class ItemNotFoundError(ApiError):
     status = 404
     kind = "item-not-found"
     title = "There is no such item"
+
+
+class OtherVectorError(ApiError):
+    """The model reads vectors of another length, or none."""
+
+    status = 409
+    kind = "other-vector"
+    title = "The vector does not fit the model"
 
 
 class RepeatedParameterError(ApiError):
