@@ -445,7 +445,7 @@ def _open_keys(args: Args) -> KeyRing | None:
 def _open_events(args: Args, replicas: int, num_cpus: float) -> EventStore:
     # Asked here and not in the builder, which `serve run` calls before it connects to Ray.
     if not is_shared(args.events):
-        require_one_host(ray.nodes(), replicas, num_cpus)
+        require_one_host(ray.nodes(), replicas, num_cpus, args.label_selector)
     events = open_events(args.events)
     if args.seed is not None:
         added = seed_from(events, SeedConfig(data=args.seed))
