@@ -33,7 +33,9 @@ class Moves:
         return {"name": name, "versions": registry.versions(name), "labels": registry.labels(name)}
 
     async def make(self, wish: MoveRequest) -> str:
-        """One at a time; the last line that the command said. A move goes on when nobody waits for it any more.
+        """The last line that the command said. A move goes on when nobody waits for it any more.
+
+        One at a time: the registry keeps out moves of other replicas and commands, this one need not start a process.
 
         Raises:
             MoveRefusedError: with its reason, or another move goes on.
