@@ -108,13 +108,9 @@ print("moved")
 HOLDER = """
 import sys
 from elasticrec.artifact.registry import Registry
-from elasticrec.errors import RegistryError
-try:
-    with Registry(sys.argv[1]).moving("films", "promote --version 2"):
-        print("moving", flush=True)
-        sys.stdin.read()
-except RegistryError as error:
-    print(error, flush=True)
+with Registry(sys.argv[1]).moving("films", "promote --version 2"):
+    print("moving", flush=True)
+    sys.stdin.read()
 """
 SLOW_COMMAND = """
 import contextlib, pathlib, sys, time
@@ -122,7 +118,8 @@ from elasticrec.cli import main, registry
 
 @contextlib.contextmanager
 def running(*_):
-    while not pathlib.Path(sys.argv[1]).exists():
+    pathlib.Path(sys.argv[1], sys.argv[-1]).touch()
+    while not pathlib.Path(sys.argv[1], "end").exists():
         time.sleep(0.01)
     yield None
 
@@ -145,20 +142,15 @@ def registry(tmp_path: Path) -> Registry:
     return registry
 
 
-def holder(registry: Registry) -> subprocess.Popen[str]:
+def test_who_moves_is_told_to_another_process_and_a_claim_ends_with_its_process(registry: Registry) -> None:
     command = [sys.executable, "-c", HOLDER, registry.root.uri]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def test_of_two_processes_one_moves_and_the_other_is_told_who_does(registry: Registry) -> None:
-    both = holder(registry), holder(registry)
-    told = {process.stdout.readline(): process for process in both if process.stdout is not None}
-    mover = told.pop("moving\n")
-    ((said, refused),) = told.items()
-    assert f"another move of 'films' goes on (promote --version 2, process {mover.pid} of" in said
-    refused.communicate(timeout=20)
-    os.kill(mover.pid, signal.SIGKILL)  # whoever moved is gone with its claim
-    mover.communicate(timeout=20)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as mover:
+        assert mover.stdout is not None
+        assert mover.stdout.readline() == "moving\n"
+        told = rf"another move of 'films' goes on \(promote --version 2, process {mover.pid} of"
+        with pytest.raises(RegistryError, match=told), registry.moving("films", "rollback"):
+            raise AssertionError("somebody else moves")
+        os.kill(mover.pid, signal.SIGKILL)
     with registry.moving("films", "rollback"):
         with pytest.raises(RegistryError, match=r"goes on \(rollback, process"), registry.moving("films", "canary"):
             raise AssertionError("one block at a time, in one process, too")
@@ -170,28 +162,30 @@ def test_of_two_processes_one_moves_and_the_other_is_told_who_does(registry: Reg
 def test_of_two_moves_by_two_replicas_one_is_made_and_the_other_refused(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end, command = tmp_path / "end", Moves._command
+    inside, command = tmp_path / "inside", Moves._command
+    inside.mkdir()
 
     def slowly(self: Moves, wish: MoveRequest) -> Sequence[str]:
-        return [sys.executable, "-c", SLOW_COMMAND, str(end), *command(self, wish)[3:]]
+        return [sys.executable, "-c", SLOW_COMMAND, str(inside), *command(self, wish)[3:]]
 
     monkeypatch.setattr(Moves, "_command", slowly)
     reference = Reference(root=registry.root.uri, name="films", ref="production")
     wishes = [
-        MoveRequest(action="promote", version="3"),
-        MoveRequest(action="canary", version="2", percent=5),
+        MoveRequest(action="promote", version="3", reason="one"),
+        MoveRequest(action="canary", version="2", percent=5, reason="other"),
     ]
 
-    async def scenario() -> list[str | BaseException]:
+    async def scenario() -> tuple[dict[str, str], list[str | BaseException]]:
         replicas = [Moves(reference=reference, app="shop", address="h:1") for _ in wishes]
         moves = [asyncio.create_task(replica.make(wish)) for replica, wish in zip(replicas, wishes, strict=True)]
-        await asyncio.wait(moves, timeout=60, return_when=asyncio.FIRST_COMPLETED)
-        assert sum(move.done() for move in moves) == 1
-        assert registry.labels("films") == {"production": "1"}
-        end.touch()
-        return await asyncio.gather(*moves, return_exceptions=True)
+        while not any(move.done() for move in moves) and len(list(inside.iterdir())) < len(moves):
+            await asyncio.sleep(0.02)
+        before = registry.labels("films")
+        (inside / "end").touch()
+        return before, await asyncio.gather(*moves, return_exceptions=True)
 
-    answers = asyncio.run(scenario())
+    before, answers = asyncio.run(scenario())
+    assert before == {"production": "1"}
     (refused,) = (answer for answer in answers if isinstance(answer, BaseException))
     assert isinstance(refused, MoveRefusedError)
     assert refused.status == 409
