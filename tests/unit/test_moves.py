@@ -18,7 +18,8 @@ from elasticrec.errors import RegistryError
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.serving import moves
-from elasticrec.serving.api import MoveRefusedError, MoveRequest
+from elasticrec.serving.api.operators import MoveRequest
+from elasticrec.serving.api.problems import MoveRefusedError
 from elasticrec.serving.moves import Moves
 
 

@@ -19,7 +19,7 @@ from elasticrec.artifact.bundle import Bundle, write_bundle
 from elasticrec.model.content import ContentTower
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
-from elasticrec.serving.api import MAX_OFFSET
+from elasticrec.serving.api.limits import MAX_OFFSET
 from elasticrec.serving.caching import matches, takes_gzip
 from elasticrec.serving.cursor import encode_cursor
 from elasticrec.serving.events import SqliteConfig, SqliteEventStore

@@ -8,18 +8,9 @@ from fastapi import APIRouter, Header, Path, Query
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from elasticrec.serving.api import (
-    MAX_ID_CHARACTERS,
-    MAX_K,
-    MAX_OFFSET,
-    ItemNotFoundError,
-    ItemResponse,
-    OtherVectorError,
-    Problem,
-    PutItem,
-    SimilarResponse,
-    UnavailableError,
-)
+from elasticrec.serving.api.items import ItemResponse, PutItem, SimilarResponse
+from elasticrec.serving.api.limits import MAX_ID_CHARACTERS, MAX_K, MAX_OFFSET
+from elasticrec.serving.api.problems import ItemNotFoundError, OtherVectorError, Problem, UnavailableError
 from elasticrec.serving.assortment import View
 from elasticrec.serving.caching import tagged
 from elasticrec.serving.catalogue import Item

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from elasticrec.artifact.registry import Reference, Registry
-from elasticrec.serving.api import MoveRefusedError, MoveRequest
+from elasticrec.serving.api.operators import MoveRequest
+from elasticrec.serving.api.problems import MoveRefusedError
 
 _KEPT: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS")
 _PREFIX: Final = "error: "
