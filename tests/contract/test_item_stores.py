@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 
 from elasticrec.serving.events import SqliteConfig, SqliteEventStore
-from elasticrec.serving.items import Change, ItemStore, ItemStoreError, SqliteItemStore, StoredItem
+from elasticrec.serving.items import (
+    Change,
+    ItemStore,
+    ItemStoreError,
+    SqliteItemStore,
+    StoredItem,
+    document_of,
+    stored,
+)
 from elasticrec.serving.redis_items import RedisItemStore
 from elasticrec.serving.stores import open_items
 from tests.contract.redis_server import RedisServer, redis_server
@@ -31,6 +39,7 @@ SHIRT = StoredItem(
     attributes={"colour": "red", "price": 9.5, "new": True},
     published_s=1_700_000_000,
     count=7,
+    vector=(0.1, -2.5e-7, 3.0),
 )
 
 
@@ -78,6 +87,14 @@ def test_an_item_comes_back_as_it_was_put(store: ItemStore) -> None:
     assert changes == [Change(item_id="shirt", item=SHIRT)]
     assert revision == store.revision() > 0
     assert store.since(revision) == (revision, [])
+
+
+def test_an_item_without_a_vector_is_kept_as_before_there_were_any(store: ItemStore) -> None:
+    store.put(StoredItem(item_id="hat"))
+    assert store.since(0)[1] == [Change(item_id="hat", item=StoredItem(item_id="hat", vector=None))]
+    old = '{"item_id": "hat", "title": null, "categories": [], "attributes": {}, "published_s": null, "count": 0}'
+    assert document_of(StoredItem(item_id="hat")) == old  # a replica of that release reads it, too
+    assert stored(old) == StoredItem(item_id="hat")
 
 
 def test_each_change_has_a_higher_revision_and_only_the_last_state_counts(store: ItemStore) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from elasticrec.serving.api import UnavailableError
+from elasticrec.serving.api.problems import UnavailableError
 from elasticrec.serving.batcher import Batcher
 
 CALLER: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="none")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from elasticrec.serving import redis_events
-from elasticrec.serving.api import OverloadedError
+from elasticrec.serving.api.problems import OverloadedError
 from elasticrec.serving.lookups import Lookups
 from elasticrec.serving.redis_events import RedisEventStore
 

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from elasticrec.errors import ConfigError
 from elasticrec.monitoring.series import REQUESTS
 from elasticrec.serving.answers import Answers, fair_s
-from elasticrec.serving.api import DeadlineError, OverloadedError, UnavailableError
+from elasticrec.serving.api.problems import DeadlineError, OverloadedError, UnavailableError
 from elasticrec.serving.assortment import Assortment
 from elasticrec.serving.audit import Audit
 from elasticrec.serving.auth import KeyRing, StoredKey, create_key, scope_of

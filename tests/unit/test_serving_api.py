@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from elasticrec.artifact.bundle import write_bundle
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
-from elasticrec.serving.api import MAX_BODY_BYTES
+from elasticrec.serving.api.limits import MAX_BODY_BYTES
 from elasticrec.serving.auth import KeyRing, create_key
 from elasticrec.serving.events import SqliteConfig, SqliteEventStore
 from elasticrec.serving.gateway import Service, create_app, in_thread

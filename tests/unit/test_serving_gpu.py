@@ -213,12 +213,13 @@ def test_wishes_that_groups_do_not_know_are_answered_by_all_scores(wish: dict[st
 
 @pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")  # in Ray's own code
 def test_a_replica_reserves_its_share() -> None:
-    from elasticrec.serving.graph import Args, _model_options, _with_gpus
+    from elasticrec.serving.arguments import Args
+    from elasticrec.serving.options import model_options, with_gpus
 
     args = Args(bundle="b", topology="split", num_gpus=0.25)
-    assert _model_options(args)["ray_actor_options"] == {"num_cpus": 1.0, "num_gpus": 0.25}
+    assert model_options(args)["ray_actor_options"] == {"num_cpus": 1.0, "num_gpus": 0.25}
     options = {"ray_actor_options": {"num_cpus": 2.0, "label_selector": {"kind": "gpu"}}}
-    assert _with_gpus(options, args)["ray_actor_options"]["label_selector"] == {"kind": "gpu"}
+    assert with_gpus(options, args)["ray_actor_options"]["label_selector"] == {"kind": "gpu"}
     assert device_of(0.0).type == "cpu"
 
 

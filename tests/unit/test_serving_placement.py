@@ -6,19 +6,21 @@ from typing import Any
 import pytest
 
 from elasticrec.errors import ConfigError
-from elasticrec.serving.placement import require_one_host
+from elasticrec.serving.placement import fits, require_one_host
 
 
-def node(host: str, *, cpus: float = 4.0, alive: bool = True) -> dict[str, Any]:
+def node(host: str, *, cpus: float = 4.0, alive: bool = True, kind: str | None = None) -> dict[str, Any]:
     """What `ray.nodes()` says of a node, as far as it is read; a node without CPUs does not list them."""
-    return {"NodeManagerHostname": host, "Alive": alive, "Resources": {"CPU": cpus} if cpus else {"memory": 1.0}}
+    resources = {"CPU": cpus} if cpus else {"memory": 1.0}
+    labels = {"ray.io/node-id": host} | ({"kind": kind} if kind else {})
+    return {"NodeManagerHostname": host, "Alive": alive, "Resources": resources, "Labels": labels}
 
 
 def test_several_replicas_on_several_hosts_would_each_keep_events_of_their_own() -> None:
     with pytest.raises(ConfigError, match=r"2 replicas keep events .* 2 hosts \(a, b\)"):
-        require_one_host([node("a"), node("b")], replicas=2, num_cpus=1)
+        require_one_host([node("a"), node("b")], replicas=2, num_cpus=1, label_selector={})
     with pytest.raises(ConfigError):  # a replica that reserves nothing may lie anywhere
-        require_one_host([node("a"), node("b", cpus=0)], replicas=2, num_cpus=0)
+        require_one_host([node("a"), node("b", cpus=0)], replicas=2, num_cpus=0, label_selector={})
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,38 @@ def test_several_replicas_on_several_hosts_would_each_keep_events_of_their_own()
     ids=["one replica", "one node", "two nodes of one host", "a node that is gone", "a head that runs nothing"],
 )
 def test_replicas_that_share_a_host_share_its_file(nodes: list[dict[str, Any]], replicas: int) -> None:
-    require_one_host(nodes, replicas, num_cpus=1)
+    require_one_host(nodes, replicas, num_cpus=1, label_selector={})
+
+
+CLUSTER = [node("a", kind="gateway"), node("b", kind="trainer"), node("c", kind="spot"), node("d")]
+
+
+@pytest.mark.parametrize(
+    ("condition", "hosts"),
+    [
+        ("gateway", "a"),
+        ("!gateway", "b c d"),
+        ("in(gateway, spot)", "a c"),
+        ("in(gateway,gateway)", "a"),
+        ("!in(gateway, spot)", "b d"),
+        ("!in(gateway, spot,trainer)", "d"),
+        ("shop", ""),
+    ],
+)
+def test_hosts_count_whose_labels_are_asked_for(condition: str, hosts: str) -> None:
+    selector = {"kind": condition}
+    assert [one["NodeManagerHostname"] for one in CLUSTER if fits(one["Labels"], selector)] == hosts.split()
+    if len(hosts.split()) < 2:
+        require_one_host(CLUSTER, replicas=2, num_cpus=1, label_selector=selector)
+    else:
+        with pytest.raises(ConfigError, match=rf"{len(hosts.split())} hosts \({', '.join(hosts.split())}\)"):
+            require_one_host(CLUSTER, replicas=2, num_cpus=1, label_selector=selector)
+
+
+def test_all_labels_that_are_asked_for_must_fit() -> None:
+    require_one_host(CLUSTER, 2, 1, {"kind": "!spot", "ray.io/node-id": "in(a, c)"})
+    with pytest.raises(ConfigError, match=r"2 hosts \(a, d\)"):
+        require_one_host(CLUSTER, 2, 1, {"kind": "!spot", "ray.io/node-id": "!b"})
 
 
 @pytest.mark.parametrize(("topology", "replicas"), [("fused", 1), ("split", 2)])

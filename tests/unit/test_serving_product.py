@@ -19,13 +19,13 @@ from elasticrec.artifact.bundle import Bundle, write_bundle
 from elasticrec.model.content import ContentTower
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
-from elasticrec.serving.api import MAX_OFFSET
+from elasticrec.serving.api.limits import MAX_OFFSET
 from elasticrec.serving.caching import matches, takes_gzip
 from elasticrec.serving.cursor import encode_cursor
 from elasticrec.serving.events import SqliteConfig, SqliteEventStore
 from elasticrec.serving.gateway import Service, create_app, in_thread
 from elasticrec.serving.history import Background
-from elasticrec.serving.items import SqliteItemStore
+from elasticrec.serving.items import SqliteItemStore, StoredItem
 from elasticrec.serving.postprocess import Postprocess
 from elasticrec.serving.recommender import Recommender
 
@@ -33,7 +33,8 @@ N_ITEMS = 50
 WORDS = ["amber", "birch", "cedar", "delta", "maple"]
 
 
-def make_bundle(folder: Path, *, tower: bool) -> Bundle:
+def make_bundle(folder: Path, *, tower: bool, vectors: bool = False) -> Bundle:
+    """`vectors`: the tower reads two entries; (1, 0) gives the very vector of i7, (0, 1) that of i8."""
     torch.manual_seed(0)
     index = np.arange(1, N_ITEMS + 1)
     items = pa.table(
@@ -50,6 +51,9 @@ def make_bundle(folder: Path, *, tower: bool) -> Bundle:
     with torch.no_grad():
         network.encoder.items.get_parameter("weight_ID").normal_()
     content = ContentTower(("category:even", "category:odd", "word:amber"), 8) if tower else None
+    if vectors:
+        content = ContentTower((), 8, vector_width=2)
+        content.vector_FD.data = network.encoder.items(torch.tensor([7, 8]))
     return write_bundle(folder, network, items, name="tiny", version="3", content=content)
 
 
@@ -69,6 +73,12 @@ def serve(folder: Path, bundle: Bundle) -> Iterator[FastAPI]:
 @pytest.fixture
 def app(tmp_path: Path) -> Iterator[FastAPI]:
     yield from serve(tmp_path, make_bundle(tmp_path / "bundle", tower=True))
+
+
+@pytest.fixture
+def pictured(tmp_path: Path) -> Iterator[FastAPI]:
+    """With a content tower that was fitted with vectors."""
+    yield from serve(tmp_path, make_bundle(tmp_path / "pictured", tower=True, vectors=True))
 
 
 @pytest.fixture
@@ -367,6 +377,68 @@ def test_without_a_tower_a_new_item_is_found_by_popularity_and_search(plain: Fas
     assert "dud" not in item_ids(alike)
 
 
+def test_a_new_item_is_recommended_by_its_vector(pictured: FastAPI) -> None:
+    assert call(pictured, "PUT", "/v1/items/new", json={"title": "new", "vector": [1, 0.0]}).status_code == 201
+    score_of = {item["item_id"]: item["score"] for item in recommend(pictured, history=["i3"], k=200)["items"]}
+    assert len(score_of) == N_ITEMS
+    assert score_of["new"] == pytest.approx(score_of["i7"], abs=1e-5)
+    alike = call(pictured, "GET", "/v1/items/new/similar", params={"k": 1}).json()
+    assert (alike["source"], item_ids(alike)) == ("model", ["i7"])
+    assert alike["items"][0]["score"] == pytest.approx(1.0, abs=1e-5)
+    assert call(pictured, "PUT", "/v1/items/new", json={"title": "new", "vector": [0.0, 2.5]}).status_code == 200
+    assert item_ids(call(pictured, "GET", "/v1/items/new/similar", params={"k": 1}).json()) == ["i8"]
+    for body in ({"history": ["i3"], "diversity": 0.5}, {"user_id": "nobody"}):
+        assert "new" in item_ids(recommend(pictured, k=200, **body))  # type: ignore[arg-type]
+
+
+def test_a_new_item_without_its_vector_comes_by_popularity(pictured: FastAPI) -> None:
+    call(pictured, "PUT", "/v1/items/scored", json={"vector": [1, 0]})
+    call(pictured, "PUT", "/v1/items/dud", json={"categories": ["odd"]})
+    call(pictured, "PUT", "/v1/items/hit", json={"categories": ["odd"], "interactions": 1_000, "vector": [0, 1]})
+    call(
+        pictured, "PUT", "/v1/items/hit", json={"categories": ["odd"], "interactions": 1_000}
+    )  # what is left out is gone
+    for diversity in (0, 0.5):
+        body = recommend(pictured, history=["i3"], k=200, diversity=diversity)
+        assert len(item_ids(body)) == N_ITEMS + 2
+        assert {item["item_id"] for item in body["items"] if item["score"] is None} == {"hit", "dud"}
+    assert item_ids(recommend(pictured, history=["i3"], k=200))[-2:] == ["hit", "dud"]
+    assert call(pictured, "GET", "/v1/items/hit/similar").json()["source"] == "popularity"
+    assert call(pictured, "GET", "/v1/items/scored/similar").json()["source"] == "model"
+
+
+@pytest.mark.parametrize(
+    ("kind", "vector", "told"),
+    [
+        ("pictured", [1.0, 0.0, 0.0], "vector has 3 entries; model 'tiny:3' reads one of 2 entries"),
+        ("app", [1.0], "model 'tiny:3' reads none: it has no content tower that was fitted with vectors"),
+        ("plain", [1.0], "model 'tiny:3' reads none"),
+    ],
+)
+def test_a_vector_that_the_model_does_not_read_is_refused(
+    kind: str, vector: list[float], told: str, request: pytest.FixtureRequest
+) -> None:
+    served = request.getfixturevalue(kind)
+    answer = call(served, "PUT", "/v1/items/new", json={"title": "new", "vector": vector})
+    assert answer.status_code == 409
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["type"].endswith("/other-vector")
+    assert told in answer.json()["detail"]
+    assert call(served, "GET", "/v1/items/new").status_code == 404
+
+
+@pytest.mark.parametrize("vectors", [False, True], ids=["of a version that reads none", "of another length"])
+def test_a_vector_of_another_version_disturbs_nothing(tmp_path: Path, vectors: bool) -> None:
+    store = SqliteItemStore(tmp_path / "events.sqlite")
+    store.put(StoredItem(item_id="new", vector=(1.0, 2.0, 3.0)))
+    store.close()
+    for served in serve(tmp_path, make_bundle(tmp_path / "bundle", tower=True, vectors=vectors)):
+        body = recommend(served, history=["i3"], k=200)
+        assert len(item_ids(body)) == N_ITEMS
+        (score,) = (item["score"] for item in body["items"] if item["item_id"] == "new")
+        assert (score is None) == vectors  # the other tower has categories and words to go by
+
+
 def test_items_put_are_there_after_a_restart(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", tower=True)
     for first in serve(tmp_path, bundle):
@@ -399,12 +471,25 @@ def test_a_change_reaches_another_replica_at_once(tmp_path: Path) -> None:
         {"attributes": {"a": [1]}},
         {"published": -1},
         {"interactions": -1},
-        {"vector": [1.0]},
+        {"vector": []},
+        {"vector": [0.0] * 8_193},
+        {"vector": [float("nan"), 0.0]},
+        {"vector": [0.0, float("-inf")]},
+        {"vector": [1e7, 0.0]},
+        {"vector": [10**400, 0.0]},
+        {"vector": ["1", 0.0]},
+        {"vector": [True, 0.0]},
+        {"vector": "[1, 0]"},
     ],
 )
-def test_a_bad_item_is_refused(app: FastAPI, wrong: dict[str, Any]) -> None:
-    assert call(app, "PUT", "/v1/items/new", json=wrong).status_code == 422
-    assert call(app, "GET", "/v1/items/new").status_code == 404
+def test_a_bad_item_is_refused(pictured: FastAPI, wrong: dict[str, Any]) -> None:
+    answer = call(
+        pictured, "PUT", "/v1/items/new", content=json.dumps(wrong), headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["errors"][0]["field"].startswith(f"body.{next(iter(wrong))}")
+    assert call(pictured, "GET", "/v1/items/new").status_code == 404
 
 
 def test_tags_and_encodings_are_read_as_the_standard_has_them() -> None:

@@ -2,22 +2,26 @@
 
     ROOT/NAME/versions/3/                    a bundle, never changed; with its answers to fixed questions
     ROOT/NAME/labels/production/000007.json  the seventh move of the label; the highest number is where it points
+    ROOT/NAME/moving.lock                    who moves labels along with a service at the moment
 
 A version is claimed by renaming a complete folder to a number that is free, a move of a label by creating the next
-record; neither ever replaces anything, so on a local disk any number of processes may do both at once. On object
-stores there must be one writer at a time.
+record; neither ever replaces anything, so on a local disk any number of processes may do both at once. A move that
+takes a service along takes a while; one process at a time makes such (`moving`). On object stores there must be one
+writer at a time.
 """
 
+import contextlib
 import getpass
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal
 
 from elasticrec.artifact.bundle import Bundle, describe, open_bundle
+from elasticrec.artifact.claim import ClaimedError, claimed
 from elasticrec.artifact.golden import golden_answers, render_golden
 from elasticrec.artifact.location import Location, locate, new_folder
 from elasticrec.artifact.manifest import GOLDEN, MANIFEST, render
@@ -101,6 +105,25 @@ class Registry:
         """
         place = self.root / name / "labels" / label
         return [_read_move(place / record) for record in _records(place)]
+
+    @contextlib.contextmanager
+    def moving(self, name: str, what: str) -> Iterator[None]:
+        """For whoever moves labels of `name` along with a service: one block at a time, of all processes.
+
+        `set_label` and `rollback` do not ask for it: each is one step, and whole by itself.
+
+        Raises:
+            RegistryError: there is no such model, or another move goes on; says which.
+        """
+        self._known_versions(name)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(claimed(self.root / name / "moving.lock", what))
+            except ClaimedError as error:
+                raise RegistryError(
+                    f"another move of '{name}' goes on ({error}); wait for its end, then look at the labels"
+                ) from None
+            yield
 
     def set_label(
         self, name: str, label: str, version: str, *, by: str = "", reason: str = "", percent: float | None = None

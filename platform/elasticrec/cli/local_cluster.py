@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -104,7 +104,7 @@ class LocalCluster:
         answer = self._get("/api/v0/nodes?detail=1&limit=1000").json()
         return [node for node in answer["data"]["result"]["result"] if node["state"] == "ALIVE"]
 
-    def add_node(self, num_cpus: int = 1, train_slots: int = 1) -> LocalNode:
+    def add_node(self, num_cpus: int = 1, train_slots: int = 1, labels: Mapping[str, str] | None = None) -> LocalNode:
         """Starts one more raylet and waits until the cluster counts it. Call from a thread that outlives the node.
 
         Raises:
@@ -114,6 +114,7 @@ class LocalCluster:
         env = {**self.env, **_node_ports(), CLUSTER_MARK: self.mark, NODE_MARK: name}
         arguments = ["--address", self.address, "--node-name", name]
         arguments += _size_arguments(self.config, num_cpus, train_slots)
+        arguments += ["--labels", ",".join(f"{key}={value}" for key, value in labels.items())] if labels else []
         log = self.temp_dir / f"{name}.log"
         process = _spawn(arguments, env, log)
         try:

@@ -35,7 +35,8 @@ def publish(bundle: Reference, name: str, root: str = DEFAULT_ROOT, label: str |
     registry = Registry(root)
     version = registry.publish(resolve_reference(_chosen_of(bundle)), name)
     if label:
-        registry.set_label(name, label, version)
+        with registry.moving(name, f"publish --label {label}"):
+            registry.set_label(name, label, version)
     print(f"{root}#{name}@{version}" + (f" is {label}" if label else ""))
 
 
@@ -54,15 +55,16 @@ def promote(
     """
     _require_answering(label)
     registry = Registry(root)
-    chosen = registry.version_of(name, version)
-    uri = registry.resolve(name, chosen)
-    _move(
-        name,
-        label,
-        app,
-        lambda rollout: replace(rollout, production=uri),
-        lambda: registry.set_label(name, label, chosen, reason=reason),
-    )
+    with registry.moving(name, f"promote --version {version}"):
+        chosen = registry.version_of(name, version)
+        uri = registry.resolve(name, chosen)
+        _move(
+            name,
+            label,
+            app,
+            lambda rollout: replace(rollout, production=uri),
+            lambda: registry.set_label(name, label, chosen, reason=reason),
+        )
 
 
 def rollback(
@@ -79,14 +81,15 @@ def rollback(
     """
     _require_answering(label)
     registry = Registry(root)
-    uri = registry.resolve(name, registry.version_before(name, label))
-    _move(
-        name,
-        label,
-        app,
-        lambda rollout: replace(rollout, production=uri),
-        lambda: registry.rollback(name, label, reason=reason),
-    )
+    with registry.moving(name, "rollback"):
+        uri = registry.resolve(name, registry.version_before(name, label))
+        _move(
+            name,
+            label,
+            app,
+            lambda rollout: replace(rollout, production=uri),
+            lambda: registry.rollback(name, label, reason=reason),
+        )
 
 
 def canary(
@@ -151,13 +154,14 @@ def _part(part: str, name: str, version: str, percent: float, root: str, reason:
     if not 0 <= percent <= 100:
         raise ConfigError(f"--percent is {percent}; give 0 to 100")
     registry = Registry(root)
-    chosen = registry.version_of(name, version)
-    uri = registry.resolve(name, chosen) if percent else None
-    change: Change = {
-        CANARY: lambda rollout: replace(rollout, canary=uri, canary_percent=percent),
-        SHADOW: lambda rollout: replace(rollout, shadow=uri, shadow_percent=percent),
-    }[part]
-    _move(name, part, app, change, lambda: registry.set_label(name, part, chosen, reason=reason, percent=percent))
+    with registry.moving(name, f"{part} --version {version} --percent {percent:g}"):
+        chosen = registry.version_of(name, version)
+        uri = registry.resolve(name, chosen) if percent else None
+        change: Change = {
+            CANARY: lambda rollout: replace(rollout, canary=uri, canary_percent=percent),
+            SHADOW: lambda rollout: replace(rollout, shadow=uri, shadow_percent=percent),
+        }[part]
+        _move(name, part, app, change, lambda: registry.set_label(name, part, chosen, reason=reason, percent=percent))
     print(f"{part} takes {percent:g} %")
 
 

@@ -6,18 +6,10 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query
 
-from elasticrec.serving.api import (
-    MAX_ID_CHARACTERS,
-    MAX_K,
-    CompareResponse,
-    MoveRequest,
-    MoveResponse,
-    NothingToMoveError,
-    Problem,
-    RecommendedItem,
-    UsersResponse,
-    VersionsResponse,
-)
+from elasticrec.serving.api.limits import MAX_ID_CHARACTERS, MAX_K
+from elasticrec.serving.api.operators import CompareResponse, MoveRequest, MoveResponse, UsersResponse, VersionsResponse
+from elasticrec.serving.api.problems import NothingToMoveError, Problem
+from elasticrec.serving.api.recommendations import RecommendedItem
 from elasticrec.serving.history import Request
 from elasticrec.serving.lookups import Lookups
 from elasticrec.serving.moves import Moves

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Final
 
-from elasticrec.serving.api import ApiError, DeadlineError, UnavailableError
+from elasticrec.serving.api.problems import ApiError, DeadlineError, UnavailableError
 from elasticrec.serving.batcher import Batcher
 from elasticrec.serving.circuit import Circuit, CircuitConfig
 from elasticrec.serving.deadline import left_s

@@ -4,24 +4,21 @@ Indices 1..I are the bundle's items, those from I + 1 on were added at run time.
 made when the item store has a new revision, which is asked before every answer: a change that was acknowledged is in
 every answer that begins after it, from any replica.
 
-# I items of the bundle + 1, A added items, D width
+# I items of the bundle + 1, A added items, F of them, D width
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
 
-from elasticrec.columns import CATEGORIES, TITLE
 from elasticrec.data.inputs import Bool
 from elasticrec.data.sequences import Float32, Int32, Int64
 from elasticrec.serving.catalogue import Catalogue, Item
 from elasticrec.serving.filters import Filters, Masks, allows
 from elasticrec.serving.items import Change, ItemStore, StoredItem
-
-Embed = Callable[[pa.Table], Float32]
+from elasticrec.serving.newcomers import Newcomers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +32,7 @@ class View:
     added: Mapping[str, int] = field(default_factory=dict)  # index of each id that the bundle does not know
     withdrawn: frozenset[int] = frozenset()
     hidden_H: Int64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # withdrawn ones of the bundle
-    row_AD: Float32 | None = None  # vectors of added items by the content tower; none without a tower
+    row_AD: Float32 | None = None  # added items by the content tower, NaN where it cannot tell; none without a tower
 
     def __len__(self) -> int:
         """Highest index."""
@@ -71,6 +68,17 @@ class View:
     def added_now(self) -> list[int]:
         """Indices of added items that are not withdrawn."""
         return [index for index in self.added.values() if index not in self.withdrawn]
+
+    def embedded(self, index: int) -> bool:
+        """Whether the model can score an item: it is of the bundle, or the content tower embeds it."""
+        if index <= len(self.catalogue):
+            return True
+        row_1D = self.rows(np.array([index]))
+        return row_1D is not None and not np.isnan(row_1D[0, 0])
+
+    def rows(self, item_F: Int64) -> Float32 | None:
+        """Vectors of added items: float32 (F, D), NaN where the tower cannot tell; none without a tower."""
+        return None if self.row_AD is None else self.row_AD[item_F - len(self.catalogue) - 1]
 
     def members(self, category: str) -> Int64:
         """Indices of the items of a category as it is now."""
@@ -121,11 +129,18 @@ class View:
 class Assortment:
     """Views of one catalogue over one item store. Threads may share it."""
 
-    def __init__(self, catalogue: Catalogue, store: ItemStore | None = None, embed: Embed | None = None) -> None:
-        """`embed`: vectors of new items, as `Bundle.embed_new` gives them."""
-        self._store, self._embed = store, embed
+    def __init__(
+        self, catalogue: Catalogue, store: ItemStore | None = None, newcomers: Newcomers | None = None
+    ) -> None:
+        """`newcomers`: what embeds items that the bundle does not know."""
+        self._store, self._newcomers = store, newcomers
         self._lock = threading.Lock()
         self._view = View(catalogue=catalogue, masks=Masks(catalogue))
+
+    @property
+    def vector_width(self) -> int:
+        """Entries of the vector that a new item needs; 0: none is read."""
+        return self._newcomers.vector_width if self._newcomers else 0
 
     def view(self) -> View:
         """What may be shown now.
@@ -162,27 +177,18 @@ class Assortment:
             added=added,
             withdrawn=frozenset(withdrawn),
             hidden_H=np.array([index for index in withdrawn if index <= len(view.catalogue)], dtype=np.int64),
-            row_AD=self._rows(view, changed, added, {change.item_id for change in changes}),
+            row_AD=self._rows(view, added, changes),
         )
 
-    def _rows(self, view: View, changed: dict[int, Item], added: dict[str, int], touched: set[str]) -> Float32 | None:
-        if self._embed is None or not added:
-            return None
-        first = len(view.catalogue) + 1
-        places = [index - first for item_id, index in added.items() if item_id in touched and index in changed]
-        old_AD = view.row_AD
-        if not places:
-            return old_AD
-        items = [changed[first + place] for place in places]
-        table = pa.table({
-            TITLE: pa.array([item.title for item in items], pa.string()),
-            CATEGORIES: pa.array([list(item.categories) for item in items], pa.list_(pa.string())),
-        })  # fmt: skip
-        new_nD = self._embed(table)
-        row_AD = np.zeros((len(added), new_nD.shape[1]), dtype=np.float32)
-        if old_AD is not None:
-            row_AD[: len(old_AD)] = old_AD
-        row_AD[places] = new_nD
+    def _rows(self, view: View, added: Mapping[str, int], changes: Iterable[Change]) -> Float32 | None:
+        put = [change.item for change in changes if change.item is not None and change.item_id in added]
+        if self._newcomers is None or not put:
+            return view.row_AD
+        row_nD = self._newcomers.embed(put)
+        row_AD = np.full((len(added), row_nD.shape[1]), np.nan, dtype=np.float32)
+        if view.row_AD is not None:
+            row_AD[: len(view.row_AD)] = view.row_AD
+        row_AD[[added[item.item_id] - len(view.catalogue) - 1 for item in put]] = row_nD
         return row_AD
 
 

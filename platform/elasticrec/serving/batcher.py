@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from elasticrec.serving.api import DeadlineError, OverloadedError, UnavailableError
+from elasticrec.serving.api.problems import DeadlineError, OverloadedError, UnavailableError
 from elasticrec.serving.deadline import DEADLINE_S, latest, require_time
 
 Q = TypeVar("Q")

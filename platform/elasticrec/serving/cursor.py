@@ -7,7 +7,8 @@ import base64
 import hashlib
 from typing import Final
 
-from elasticrec.serving.api import MAX_OFFSET, ApiError
+from elasticrec.serving.api.limits import MAX_OFFSET
+from elasticrec.serving.api.problems import ApiError
 
 _DIGEST_BYTES: Final = 8
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import Final
 
-from elasticrec.serving.api import BadHeaderError, DeadlineError
+from elasticrec.serving.api.problems import BadHeaderError, DeadlineError
 
 HEADER: Final = b"x-request-timeout-ms"
 MAX_TIMEOUT_MS: Final = 60_000

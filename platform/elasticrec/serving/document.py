@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 
-from elasticrec.serving.api import Problem
+from elasticrec.serving.api.problems import Problem
 
 _PROBLEM: Final = f"#/components/schemas/{Problem.__name__}"
 _NO_PATH: Final = {

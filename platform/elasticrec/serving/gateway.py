@@ -1,6 +1,6 @@
 """A recommender and an event store in, the HTTP API (ASGI) out.
 
-Knows nothing of Ray: `graph` runs it in Serve replicas, tests and benchmarks run it on a bare uvicorn.
+Knows nothing of Ray: `http_replica` runs it in Serve replicas, tests and benchmarks run it on a bare uvicorn.
 """
 
 import asyncio
@@ -21,12 +21,11 @@ from elasticrec import __version__
 from elasticrec.monitoring.series import WAITING
 from elasticrec.serving.admin import admin
 from elasticrec.serving.answers import Answers, fair_s
-from elasticrec.serving.api import (
+from elasticrec.serving.api.events import EventsRequest, EventsResponse
+from elasticrec.serving.api.health import HealthResponse
+from elasticrec.serving.api.problems import (
     ApiError,
     DeadlineError,
-    EventsRequest,
-    EventsResponse,
-    HealthResponse,
     MissingQueryError,
     Problem,
     UnavailableError,

@@ -19,8 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from elasticrec.monitoring.series import IN_FLIGHT
 from elasticrec.serving import console
-from elasticrec.serving.api import (
-    MAX_BODY_BYTES,
+from elasticrec.serving.api.limits import MAX_BODY_BYTES
+from elasticrec.serving.api.problems import (
     ApiError,
     BodyTooLargeError,
     DeadlineError,

@@ -218,9 +218,9 @@ def _likes(likes: Sequence[Background], view: View) -> Question:
     index_B = np.array([view.index(background.request.like or "") or 0 for background in likes], dtype=np.int64)
     added_B = index_B > len(view.catalogue)
     like_BD = None
-    if view.row_AD is not None and added_B.any():
-        like_BD = np.zeros((len(likes), view.row_AD.shape[1]), dtype=np.float32)
-        like_BD[added_B] = view.row_AD[index_B[added_B] - len(view.catalogue) - 1]
+    if added_B.any() and (row_FD := view.rows(index_B[added_B])) is not None:
+        like_BD = np.zeros((len(likes), row_FD.shape[1]), dtype=np.float32)
+        like_BD[added_B] = np.nan_to_num(row_FD)  # an item may have lost its vector since the route looked
     return Question(past=None, like_B=np.where(added_B, 0, index_B), like_BD=like_BD, **_selection(likes, view))
 
 

@@ -8,17 +8,9 @@ from fastapi import APIRouter, Header, Path, Query
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from elasticrec.serving.api import (
-    MAX_ID_CHARACTERS,
-    MAX_K,
-    MAX_OFFSET,
-    ItemNotFoundError,
-    ItemResponse,
-    Problem,
-    PutItem,
-    SimilarResponse,
-    UnavailableError,
-)
+from elasticrec.serving.api.items import ItemResponse, PutItem, SimilarResponse
+from elasticrec.serving.api.limits import MAX_ID_CHARACTERS, MAX_K, MAX_OFFSET
+from elasticrec.serving.api.problems import ItemNotFoundError, OtherVectorError, Problem, UnavailableError
 from elasticrec.serving.assortment import View
 from elasticrec.serving.caching import tagged
 from elasticrec.serving.catalogue import Item
@@ -31,6 +23,10 @@ from elasticrec.serving.timings import timings
 ItemId = Annotated[str, Path(description="an item id, percent-encoded where it has other characters")]
 KnownTag = Annotated[str | None, Header(alias="if-none-match", description="ETag of the answer that the client has")]
 _NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "No such item, or withdrawn"}}
+_PUT: dict[int | str, dict[str, Any]] = {
+    201: {"model": ItemResponse, "description": "The item is new, or back"},
+    409: {"model": Problem, "description": "The model reads vectors of another length, or none"},
+}
 _SAME: dict[int | str, dict[str, Any]] = {304: {"description": "As in the answer with the tag in If-None-Match"}}
 
 
@@ -77,12 +73,13 @@ def add_items(router: APIRouter, service: Service, ask: Ask) -> None:
     @router.put(
         "/items/{item_id:path}",
         response_model=ItemResponse,
-        responses={201: {"model": ItemResponse, "description": "The item is new, or back"}},
+        responses=_PUT,
         summary="Add an item, or change what is known of it",
     )
     async def put_item(item_id: Annotated[str, Path(max_length=MAX_ID_CHARACTERS)], body: PutItem) -> Response:
         started_s = time.perf_counter()
         store = _store(service)
+        _require_fit(body, service)
         known = item_id in await _view(service)
         await asyncio.to_thread(store.put, _stored(item_id, body))
         found = (await _view(service)).find(item_id)
@@ -110,8 +107,7 @@ def _alike(item_id: str, view: View, k: int, offset: int) -> Request:
     item = view.find(item_id)
     if item is None:
         raise ItemNotFoundError("the catalogue has no item with this id, or it was withdrawn")
-    index = view.index(item_id) or 0
-    if index <= len(view.catalogue) or view.row_AD is not None:
+    if view.embedded(view.index(item_id) or 0):
         return Request(k=k, offset=offset, like=item_id)
     filters = Filters(categories=CategoryFilter(any=list(item.categories)))
     return Request(k=k, offset=offset, exclude=(item_id,), filters=filters)
@@ -127,6 +123,14 @@ def _store(service: Service) -> ItemStore:
     return service.items
 
 
+def _require_fit(body: PutItem, service: Service) -> None:
+    width, version = service.model.assortment.vector_width, service.model.version
+    if body.vector is None or len(body.vector) == width:
+        return
+    wanted = f"one of {width} entries" if width else "none: it has no content tower that was fitted with vectors"
+    raise OtherVectorError(f"vector has {len(body.vector)} entries; model '{version}' reads {wanted}")
+
+
 def _stored(item_id: str, body: PutItem) -> StoredItem:
     return StoredItem(
         item_id=item_id,
@@ -135,6 +139,7 @@ def _stored(item_id: str, body: PutItem) -> StoredItem:
         attributes=body.attributes,
         published_s=body.published,
         count=body.interactions,
+        vector=None if body.vector is None else tuple(body.vector),
     )
 
 

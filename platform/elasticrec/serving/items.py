@@ -34,6 +34,7 @@ class StoredItem:
     attributes: Mapping[str, Attribute] = field(default_factory=dict)
     published_s: int | None = None  # seconds since the epoch
     count: int = 0  # interactions elsewhere, by which it is ranked among popular items
+    vector: tuple[float, ...] | None = None  # for a content tower that reads vectors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +88,7 @@ class SqliteItemStore:
                 raise
 
     def put(self, item: StoredItem) -> None:
-        self._write(item.item_id, json.dumps(asdict(item)))
+        self._write(item.item_id, document_of(item))
 
     def withdraw(self, item_id: str) -> None:
         self._write(item_id, None)
@@ -143,9 +144,17 @@ class SqliteItemStore:
             ) from error
 
 
+def document_of(item: StoredItem) -> str:
+    """The JSON that an item is kept as; without a vector as releases before vectors read it."""
+    values = asdict(item)
+    return json.dumps({name: value for name, value in values.items() if name != "vector" or value is not None})
+
+
 def stored(document: str | None) -> StoredItem | None:
     """An item from the JSON that it was kept as."""
     if document is None:
         return None
     values: dict[str, Any] = json.loads(document)
-    return StoredItem(**values | {"categories": tuple(values["categories"])})
+    vector = values.get("vector")
+    values |= {"categories": tuple(values["categories"]), "vector": None if vector is None else tuple(vector)}
+    return StoredItem(**values)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from elasticrec.serving.api import OverloadedError
+from elasticrec.serving.api.problems import OverloadedError
 
 T = TypeVar("T")
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from elasticrec.artifact.registry import Reference, Registry
-from elasticrec.serving.api import MoveRefusedError, MoveRequest
+from elasticrec.serving.api.operators import MoveRequest
+from elasticrec.serving.api.problems import MoveRefusedError
 
 _KEPT: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS")
 _PREFIX: Final = "error: "
@@ -33,7 +34,9 @@ class Moves:
         return {"name": name, "versions": registry.versions(name), "labels": registry.labels(name)}
 
     async def make(self, wish: MoveRequest) -> str:
-        """One at a time; the last line that the command said. A move goes on when nobody waits for it any more.
+        """The last line that the command said. A move goes on when nobody waits for it any more.
+
+        One at a time: the registry keeps out moves of other replicas and commands, this one need not start a process.
 
         Raises:
             MoveRefusedError: with its reason, or another move goes on.

@@ -4,7 +4,7 @@ from typing import Final
 
 from starlette.datastructures import QueryParams
 
-from elasticrec.serving.api import RepeatedParameterError
+from elasticrec.serving.api.problems import RepeatedParameterError
 
 _ONCE: Final = ("q", "user_id", "k", "offset", "limit")
 

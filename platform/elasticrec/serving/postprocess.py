@@ -1,6 +1,6 @@
 """A prepared batch and its candidates in, each request's answer out: k items, never a seen or an excluded one.
 
-# B rows, K candidates, A added items, D width
+# B rows, K candidates, A added items, F of them that may be returned, D width
 """
 
 import time
@@ -125,24 +125,32 @@ class Postprocess:
         return chosen, len(item_K) > page.stop
 
     def _with_added(self, background: Background, row: _Row, query_D: Float32, view: View) -> _Row:
-        """Added items by the content tower's vectors; without a tower they come last, the most popular first."""
+        """Added items by the content tower's vectors; those without one come last, the most popular first."""
         blocked = set(background.blocked.tolist())
         free = [index for index in view.added_now() if index not in blocked]
         if background.mask_I is not None:
             free = [index for index in free if background.mask_I[index]]
         if not free:
             return row
-        if view.row_AD is None:
-            free.sort(key=lambda index: (-view.count(index), index))
-            none_F = np.full(len(free), np.nan, dtype=np.float32)
-            zero_FD = None if row.direction_KD is None else np.zeros((len(free), len(query_D)), dtype=np.float32)
-            return _joined(row, np.array(free), none_F, zero_FD)
-        vector_FD = view.row_AD[np.array(free) - len(view.catalogue) - 1]
+        item_F = np.array(free)
+        vector_FD = view.rows(item_F)
+        if vector_FD is None:
+            return _with_unscored(row, item_F, view)
+        scored_F = ~np.isnan(vector_FD[:, 0])
+        if scored_F.any():
+            row = self._with_scored(background, row, query_D, view, item_F[scored_F], vector_FD[scored_F])
+        return row if scored_F.all() else _with_unscored(row, item_F[~scored_F], view)
+
+    def _with_scored(
+        self, background: Background, row: _Row, query_D: Float32, view: View, item_F: Int64, vector_FD: Float32
+    ) -> _Row:
         direction_FD = vector_FD / np.maximum(np.linalg.norm(vector_FD, axis=1, keepdims=True), 1e-12)
         like = background.request.like is not None
         score_F = (direction_FD if self._cosine or like else vector_FD) @ query_D
-        score_F = score_F + np.array([self._extra(index, background, view) for index in free], dtype=np.float32)
-        merged = _joined(row, np.array(free), score_F, direction_FD if row.direction_KD is not None else None)
+        score_F = score_F + np.array(
+            [self._extra(index, background, view) for index in item_F.tolist()], dtype=np.float32
+        )
+        merged = _joined(row, item_F, score_F, direction_FD if row.direction_KD is not None else None)
         order = np.argsort(-merged.score_K, kind="stable")
         directions = None if merged.direction_KD is None else merged.direction_KD[order]
         return _Row(merged.item_K[order], merged.score_K[order], directions)
@@ -213,6 +221,14 @@ def _popular(background: Background, view: View) -> _Row:
         free_F = np.flatnonzero(mask_I)
         item_K = free_F[np.argsort(-odds_I[free_F], kind="stable")][: request.wanted]
     return _Row(item_K.astype(np.int64), np.full(len(item_K), np.nan, dtype=np.float32), None)
+
+
+def _with_unscored(row: _Row, item_F: Int64, view: View) -> _Row:
+    item_F = np.array(sorted(item_F.tolist(), key=lambda index: (-view.count(index), index)))
+    zero_FD = None
+    if row.direction_KD is not None:
+        zero_FD = np.zeros((len(item_F), row.direction_KD.shape[1]), dtype=np.float32)
+    return _joined(row, item_F, np.full(len(item_F), np.nan, dtype=np.float32), zero_FD)
 
 
 def _joined(row: _Row, item_F: Int64, score_F: Float32, direction_FD: Float32 | None) -> _Row:

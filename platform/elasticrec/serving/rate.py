@@ -13,7 +13,7 @@ from limits.errors import StorageError
 from limits.storage import storage_from_string
 
 from elasticrec.errors import ConfigError
-from elasticrec.serving.api import OverloadedError
+from elasticrec.serving.api.problems import OverloadedError
 
 _LOGGER = logging.getLogger("ray.serve")
 _PATIENCE_S: Final = 0.2  # with a store that hangs

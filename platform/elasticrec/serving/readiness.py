@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from elasticrec.serving.api import UnavailableError
+from elasticrec.serving.api.problems import UnavailableError
 from elasticrec.serving.deadline import DEADLINE_S
 
 _FRESH_S: Final = 1.0

@@ -11,12 +11,11 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from elasticrec.serving.api import (
-    MAX_OFFSET,
+from elasticrec.serving.api.limits import MAX_OFFSET
+from elasticrec.serving.api.problems import OverloadedError, Problem
+from elasticrec.serving.api.recommendations import (
     BatchRequest,
     BatchResponse,
-    OverloadedError,
-    Problem,
     RecommendRequest,
     RecommendResponse,
     Wishes,

@@ -11,12 +11,13 @@ from elasticrec.artifact.bundle import Bundle
 from elasticrec.config import from_mapping
 from elasticrec.model.head import DotHeadConfig
 from elasticrec.model.network import AnyEncoder, Network, NetworkConfig
-from elasticrec.serving.assortment import Assortment, Embed
+from elasticrec.serving.assortment import Assortment
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.events import EventStore
 from elasticrec.serving.gpu import Resident
 from elasticrec.serving.history import Prepared, Request
 from elasticrec.serving.items import ItemStore
+from elasticrec.serving.newcomers import Newcomers
 from elasticrec.serving.postprocess import Postprocess, Recommendation
 from elasticrec.serving.prior import Prior
 from elasticrec.serving.question import Candidates, Question
@@ -107,7 +108,8 @@ class Gateway:
     def __init__(self, bundle: Bundle, events: EventStore, items: ItemStore | None, config: StagesConfig) -> None:
         network = from_mapping(NetworkConfig, bundle.manifest.config)
         self.catalogue = Catalogue(bundle.items())
-        self.assortment = Assortment(self.catalogue, items, _tower(bundle))
+        tower = bundle.content()
+        self.assortment = Assortment(self.catalogue, items, Newcomers(tower) if tower else None)
         self.index = TextIndex(self.assortment.view())
         setup = GatewaySetup(
             assortment=self.assortment,
@@ -159,11 +161,3 @@ def encoder_of(bundle: Bundle) -> AnyEncoder:
 
 def _prior(catalogue: Catalogue, config: StagesConfig) -> Prior | None:
     return Prior(config.prior, catalogue.count_I, catalogue.published_I) if config.prior.matters else None
-
-
-def _tower(bundle: Bundle) -> Embed | None:
-    """How items added at run time get a vector; a tower that reads given vectors has nothing to read here."""
-    tower = bundle.content()
-    if tower is None or tower.vector_width:
-        return None
-    return lambda items: tower.embed_new(items).numpy()

@@ -8,14 +8,12 @@ What makes an acknowledged change durable is what makes an event so: `redis_even
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Final
 
 import redis
 
-from elasticrec.serving.items import Change, ItemStoreError, StoredItem, stored
+from elasticrec.serving.items import Change, ItemStoreError, StoredItem, document_of, stored
 from elasticrec.serving.redis_events import RedisConfig, client_of, write_and_wait
 
 _WRITE: Final = """
@@ -46,7 +44,7 @@ class RedisItemStore:
             self._since_script = self._server.register_script(_SINCE)
 
     def put(self, item: StoredItem) -> None:
-        self._write(item.item_id, json.dumps(asdict(item)))
+        self._write(item.item_id, document_of(item))
 
     def withdraw(self, item_id: str) -> None:
         self._write(item_id, "")

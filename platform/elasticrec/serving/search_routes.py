@@ -8,14 +8,9 @@ import orjson
 from fastapi import APIRouter, Query
 from starlette.responses import Response
 
-from elasticrec.serving.api import (
-    MAX_ID_CHARACTERS,
-    MAX_K,
-    MAX_OFFSET,
-    MAX_QUERY_CHARACTERS,
-    SearchResponse,
-    UnavailableError,
-)
+from elasticrec.serving.api.limits import MAX_ID_CHARACTERS, MAX_K, MAX_OFFSET, MAX_QUERY_CHARACTERS
+from elasticrec.serving.api.problems import UnavailableError
+from elasticrec.serving.api.search import SearchResponse
 from elasticrec.serving.assortment import View
 from elasticrec.serving.filters import MAX_NAMES, Name
 from elasticrec.serving.history import Request

@@ -8,7 +8,7 @@ from typing import Annotated, Final, TypeVar
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field
 
-from elasticrec.serving.api import MAX_ID_CHARACTERS
+from elasticrec.serving.api.limits import MAX_ID_CHARACTERS
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.events import EventStore
 

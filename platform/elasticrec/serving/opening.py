@@ -1,0 +1,99 @@
+"""Arguments of the graph in; what a replica opens when it starts out: stores, keys, limits, checked models."""
+
+import logging
+from typing import Final
+
+import ray
+from ray import serve
+from ray.serve import metrics
+from ray.serve.context import _get_global_client
+
+from elasticrec.artifact.bundle import Bundle
+from elasticrec.artifact.registry import parse_reference
+from elasticrec.monitoring.drift import Reference
+from elasticrec.monitoring.instruments import export
+from elasticrec.serving.arguments import Args
+from elasticrec.serving.audit import Audit
+from elasticrec.serving.auth import KeyRing, require_loopback
+from elasticrec.serving.events import EventStore, SeedConfig, seed_from
+from elasticrec.serving.gpu import device_of, loading, move
+from elasticrec.serving.guard import Protection
+from elasticrec.serving.moves import Moves
+from elasticrec.serving.placement import require_one_host
+from elasticrec.serving.rate import Rate, RateConfig
+from elasticrec.serving.recommend_routes import BULK_USERS
+from elasticrec.serving.recommender import make_scorer
+from elasticrec.serving.scorer import Scorer
+from elasticrec.serving.selfcheck import SelfCheck, check
+from elasticrec.serving.setup import ModelSetup, StagesConfig
+from elasticrec.serving.stores import is_shared, open_events
+from elasticrec.serving.watch import Watch
+
+_LOGGER: Final = logging.getLogger("ray.serve")
+
+
+def open_keys(args: Args) -> KeyRing | None:
+    """Raises ConfigError rather than serve everyone: no keys, and an address that others reach."""
+    if args.keys is not None:
+        return KeyRing(args.keys)
+    client = _get_global_client()
+    assert client is not None  # it raises rather than return none
+    require_loopback(client.http_config.host)
+    _LOGGER.warning("no API key is configured: this service answers whoever reaches its loopback address")
+    return None
+
+
+def open_histories(args: Args) -> EventStore:
+    """The event store, with the seed in it.
+
+    Raises:
+        ConfigError: it is a file, and replicas may come to lie on several hosts.
+        EventStoreError: it cannot be opened.
+    """
+    # Asked here and not in the builder, which `serve run` calls before it connects to Ray.
+    if not is_shared(args.events):
+        require_one_host(ray.nodes(), args.http_replicas, args.http_cpus, args.label_selector)
+    events = open_events(args.events)
+    if args.seed is not None:
+        added = seed_from(events, SeedConfig(data=args.seed))
+        _LOGGER.info("event store: %d events loaded from '%s'", added, args.seed)
+    return events
+
+
+def protection_of(args: Args) -> Protection:
+    """What callers may use."""
+    rate = Rate(RateConfig(limit=args.rate, store=args.rate_store or None)) if args.rate else None
+    audit = Audit(args.audit)
+    return Protection(max_in_flight=args.max_ongoing_requests, timeout_ms=args.timeout_ms, rate=rate, audit=audit)
+
+
+def checked_scorer(bundle: Bundle, args: Args, others_answer: bool) -> Scorer:
+    """The stages beside the bundle's network; raises BundleError for one that must not answer."""
+    network, device = bundle.network(), device_of(args.num_gpus)
+    limits = SelfCheck(max_latency_ms=args.max_latency_ms) if others_answer else None
+    with loading(device):
+        resident = move(network, device, max(args.max_batch, BULK_USERS))
+        # As the network answers by itself: a prior or a stage of somebody else may well change the answers.
+        check(bundle, network, Scorer(network, ModelSetup(network=network, resident=resident)), limits)
+        return make_scorer(bundle, args.how, network, resident)
+
+
+def watch_of(how: StagesConfig) -> Watch:
+    """A replica's metrics, which Ray tags with its application, deployment and name."""
+    watch = Watch(own_scores=how.own_scores)
+    export(watch.ledger, metrics)
+    return watch
+
+
+def moves_of(args: Args) -> Moves | None:
+    """How labels are moved; none where the application follows none."""
+    reference = parse_reference(args.bundle)
+    if reference is None or reference.ref.isdigit():
+        return None
+    address = ray.get_runtime_context().gcs_address
+    return Moves(reference=reference, app=serve.get_replica_context().app_name, address=address)
+
+
+def answers_when_measured(bundle: Bundle) -> Reference | None:
+    """By which drift is told."""
+    return Reference.of(bundle.manifest.lineage.get("answers"))
