@@ -132,7 +132,8 @@ def large(quick: bool) -> Plan:
         alone=(alone(student, 0.2, 2e-3),),
         others=(
             (narrow, Int8Table()),
-            *((WEIGHTS_ALONE, LowRankTable(rank=rank), Int8Table()) for rank in (48, 56)),
+            (WEIGHTS_ALONE, LowRankTable(rank=48), Int8Table()),
+            packed((replace(student, width=48),)),
             (WEIGHTS_ALONE, narrow, Int4Table()),
             (Int8Linear(), narrow, Int4Table()),
         ),

@@ -164,7 +164,7 @@ def write_bundle(  # noqa: PLR0913 - all but three are named and optional
         with new_folder(final) as folder:
             (folder / WEIGHTS).write(safetensors.torch.save(state))
             with (folder / ITEMS).writing() as stream:
-                pq.write_table(items, stream)
+                _write_small(items, stream)
             if content is not None:
                 with (folder / CONTENT).writing() as stream:
                     pq.write_table(content.to_table(), stream)
@@ -258,6 +258,18 @@ def _finite_state(network: Network) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise BundleError(f"weight '{name}' holds NaN or infinity; such a network is not written as a bundle")
     return state
+
+
+def _write_small(items: pa.Table, stream: Any) -> None:
+    """Parquet that suits ids: in order or all different, so dictionaries only add to them: a quarter of the bytes."""
+    encoding = {}
+    for field in items.schema:
+        if pa.types.is_integer(field.type):
+            encoding[field.name] = "DELTA_BINARY_PACKED"
+        elif pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+            encoding[field.name] = "DELTA_LENGTH_BYTE_ARRAY"
+    others = [f"{name}.list.element" for name in items.column_names if name not in encoding]
+    pq.write_table(items, stream, compression="zstd", use_dictionary=others, column_encoding=encoding)
 
 
 def _check_items(items: pa.Table, n_items: int) -> None:
