@@ -73,19 +73,18 @@ class Plan:
     @property
     def recipes(self) -> tuple[Recipe, ...]:
         single: list[Recipe] = [(self.student,), *((alone,) for alone in self.alone)]
-        return ((), (Int8Table(),), (Int4Table(),), *single, *rounded((self.student,)), *self.others)
+        return ((), (Int8Table(),), (Int4Table(),), *single, packed((self.student,)), *self.others)
 
 
 def packed(trained: Recipe) -> Recipe:
-    """The network in int8, table and layers, and no slower for it."""
-    return (*trained, WEIGHTS_ALONE, Int8Table())
+    """The network in int8, table and layers, which a CPU unpacks once."""
+    return (*trained, WEIGHTS_ALONE, Int8Table(memory="float32"))
 
 
 def rounded(trained: Recipe) -> tuple[Recipe, ...]:
-    """What a trained network is rounded to."""
+    """What else a trained network is rounded to."""
     return (
         (*trained, Int8Table()),
-        packed(trained),
         (*trained, WEIGHTS_ALONE, Int4Table()),
         (*trained, Int8Linear(), Int8Table()),
     )
@@ -109,6 +108,7 @@ def small(quick: bool) -> Plan:
         student=student,
         alone=(alone(student, 0.2, 2e-3),),
         others=(
+            *rounded((student,)),
             packed((replace(student, width=64, blocks=1),)),
             packed((replace(student, width=48),)),
             pruned,
@@ -131,11 +131,8 @@ def large(quick: bool) -> Plan:
         student=student,
         alone=(alone(student, 0.2, 2e-3),),
         others=(
-            (narrow, Int8Table()),
-            (WEIGHTS_ALONE, LowRankTable(rank=48), Int8Table()),
             packed((replace(student, width=48),)),
-            (WEIGHTS_ALONE, narrow, Int4Table()),
-            (Int8Linear(), narrow, Int4Table()),
+            (narrow, Int8Table()),
         ),
         remove_seen=False,
         sessions=SESSIONS,

@@ -191,6 +191,21 @@ def test_int8_layers_kept_in_float32_are_as_small_a_file_and_answer_alike(histor
     assert resident_bytes(in_float32) - resident_bytes(in_int8) == 4 * weights
 
 
+def test_int8_rows_kept_in_float32_are_as_small_a_file_and_answer_as_floats_do(history_BT: Tensor) -> None:
+    in_int8, in_float32 = (compress((Int8Table(memory=memory),), _network()) for memory in ("int8", "float32"))
+    assert in_float32.config.table == "int8_stored"
+    assert all(torch.equal(in_int8.state_dict()[name], tensor) for name, tensor in in_float32.state_dict().items())
+    with integers.as_elsewhere():
+        wanted_BI = in_int8.scores(History(history_BT))
+    torch.testing.assert_close(in_float32.scores(History(history_BT)), wanted_BI)
+    items = in_float32.encoder.items
+    assert not items.rounds_queries
+    assert items.cached_bytes() == 4 * (N_ITEMS + 1) * (items.width + 1)  # and the inverse length of each row
+    state = {name: torch.zeros_like(tensor) for name, tensor in items.state_dict().items()}
+    items.load_state_dict(state)
+    assert not items.dot(torch.ones(1, items.width)).any()
+
+
 def test_weights_that_change_are_unpacked_again() -> None:
     layer = linear.Int8Linear(2, 1, bias=False, unpacks=True)
     layer.load_state_dict({"weight_OD": torch.tensor([[1, 2]], dtype=torch.int8), "scale_O": torch.tensor([0.5])})

@@ -41,7 +41,7 @@ RECIPES: tuple[Recipe, ...] = (
     (Int4Linear(),),
     (SparseLinear(), Int8Table()),
     (Fp8Linear(), Int4Table()),
-    (Int8Linear(activations="none", memory="float32"), Int8Table()),
+    (Int8Linear(activations="none", memory="float32"), Int8Table(memory="float32")),
     (Int8Linear(activations="none"), LowRankTable(rank=8), PQTable()),
     (Prune(heads=0.5, channels=0.3, blocks=1, batches=1), FineTune(epochs=1), Int8Linear(), Int4Table()),
     (Distil(width=8, epochs=1), Int8Table()),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elasticrec.model import integers
 from elasticrec.model.cast import result_type
+from elasticrec.model.kept import Kept
 from elasticrec.model.narrow import BFloat16Linear, Fp8Linear, Int4Linear
 from elasticrec.model.sparse import Sparse24Linear
 
@@ -34,7 +35,7 @@ class Int8Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.rounds_inputs, self.unpacks = rounds_inputs, unpacks
-        self._unpacked: tuple[tuple[int, int], Tensor] | None = None  # where it was made from, and the weights
+        self._floats = Kept()
         self.register_buffer("weight_OD", torch.zeros(outputs, inputs, dtype=torch.int8))
         self.register_buffer("scale_O", torch.zeros(outputs))
         self.register_buffer("bias_O", torch.zeros(outputs) if bias else None)
@@ -57,19 +58,13 @@ class Int8Linear(nn.Module):
 
     def laid_out_bytes(self) -> int:
         """What is kept beside the weights once a CPU has used them."""
-        weight_OD = self.get_buffer("weight_OD")
-        return 4 * weight_OD.numel() if self.unpacks and not weight_OD.is_cuda else 0
+        return self._floats.nbytes
 
     def unpacked(self) -> Tensor:
         """The weights as float32 (O, D), kept until the integers change."""
         weight_OD = self._buffers["weight_OD"]
         assert weight_OD is not None
-        if weight_OD.is_inference():  # such tensors count no changes
-            return weight_OD.float() * self.get_buffer("scale_O").unsqueeze(1)
-        state = (weight_OD.data_ptr(), weight_OD._version)
-        if self._unpacked is None or self._unpacked[0] != state:
-            self._unpacked = (state, weight_OD.float() * self.get_buffer("scale_O").unsqueeze(1))
-        return self._unpacked[1]
+        return self._floats.of(weight_OD, lambda: weight_OD.float() * self.get_buffer("scale_O").unsqueeze(1))
 
     def _on_gpu(self, x_MD: Tensor, wanted: torch.dtype) -> Tensor:
         """(M, D) -> (M, O) of the type that is wanted: all tokens at once, and nothing in place for compilers."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elasticrec.model import integers
+from elasticrec.model.kept import Kept
 
 _CHUNK_ROWS = 4096  # of width 64 to 256 as float32: 1 to 4 MB, about a core's cache
 _GPU_CHUNK_ROWS = 1 << 18  # a GPU is launched at once for so many
@@ -38,7 +39,7 @@ class ItemTable(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self._lengths: tuple[tuple[int, int], Tensor] | None = None
+        self._lengths = Kept()
 
     def forward(self, index: Tensor) -> Tensor:
         """Vectors of the indexed items: float32 (..., D)."""
@@ -88,7 +89,7 @@ class ItemTable(nn.Module):
 
     def cached_bytes(self) -> int:
         """Bytes held beside the parameters and buffers."""
-        return self._lengths[1].nbytes if self._lengths else 0
+        return self._lengths.nbytes
 
     def _products(self, query_BD: Tensor) -> Tensor:
         """Query times row, both as stored up to a factor that the row's length has too: float32 (B, I)."""
@@ -96,12 +97,9 @@ class ItemTable(nn.Module):
 
     def _inverse_lengths(self) -> Tensor:
         """1 / length of each row as stored: float32 (I,). Kept until the rows change."""
-        if self.stored.requires_grad or self.stored.is_inference():
-            return self._compute_inverse_lengths()  # an optimizer may change rows, inference tensors count no changes
-        state = (self.stored.data_ptr(), self.stored._version)
-        if self._lengths is None or self._lengths[0] != state:
-            self._lengths = (state, self._compute_inverse_lengths())
-        return self._lengths[1]
+        if self.stored.requires_grad:
+            return self._compute_inverse_lengths()  # an optimizer may change rows
+        return self._lengths.of(self.stored, self._compute_inverse_lengths)
 
     @torch.no_grad()
     def _compute_inverse_lengths(self) -> Tensor:
@@ -230,3 +228,26 @@ class Int8Table(IntegerTable):
 
     def _integer_chunks(self) -> Iterator[Tensor]:
         yield self.weight_ID  # nothing to unpack, so nothing to keep in the cache
+
+
+class StoredInt8Table(Int8Table):
+    """`Int8Table` whose integers a CPU turns to floats once: as small a file, as quick as float32, as much memory.
+
+    For CPUs without int8 products, where an `Int8Table` turns them in every call.
+    """
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width)
+        self._floats = Kept()
+
+    @property
+    def rounds_queries(self) -> bool:
+        return False
+
+    def cached_bytes(self) -> int:
+        return super().cached_bytes() + self._floats.nbytes
+
+    def _products(self, query_BD: Tensor) -> Tensor:
+        if query_BD.is_cuda:
+            return super()._products(query_BD)
+        return query_BD @ self._floats.of(self.weight_ID, self.weight_ID.float).t()

@@ -8,14 +8,17 @@ from elasticrec.errors import ConfigError
 from elasticrec.model.int4 import Int4Table
 from elasticrec.model.low_rank import LowRankTable
 from elasticrec.model.product_codes import ProductTable
-from elasticrec.model.quantized import BFloat16Table, FloatTable, Int8Table, ItemTable
+from elasticrec.model.quantized import BFloat16Table, FloatTable, Int8Table, ItemTable, StoredInt8Table
 
-Precision = Literal["float32", "bfloat16", "int8", "int4", "pq2", "pq4", "pq8"]  # pq4: a byte for 4 entries
+Precision = Literal[
+    "float32", "bfloat16", "int8", "int8_stored", "int4", "pq2", "pq4", "pq8"
+]  # pq4: a byte for 4 entries
 
 TABLES: dict[Precision, Callable[[int, int], ItemTable]] = {
     "float32": FloatTable,
     "bfloat16": BFloat16Table,
     "int8": Int8Table,
+    "int8_stored": StoredInt8Table,
     "int4": Int4Table,
     "pq2": partial(ProductTable, dims=2),
     "pq4": partial(ProductTable, dims=4),
