@@ -110,7 +110,6 @@ def small(quick: bool) -> Plan:
         others=(
             *rounded((student,)),
             packed((replace(student, width=64, blocks=1),)),
-            packed((replace(student, width=48),)),
             pruned,
             packed(pruned),
         ),
@@ -130,10 +129,7 @@ def large(quick: bool) -> Plan:
         loss=SampledSoftmax(source=Popularity(negatives=2048)),
         student=student,
         alone=(alone(student, 0.2, 2e-3),),
-        others=(
-            packed((replace(student, width=48),)),
-            (narrow, Int8Table()),
-        ),
+        others=((narrow, Int8Table()),),
         remove_seen=False,
         sessions=SESSIONS,
     )

@@ -343,14 +343,10 @@ def test_a_killed_sweep_goes_on_without_repeating_trials(finished: Finished, tmp
 
 def test_optuna_measures_each_combination_once(finished: Finished, tmp_path: Path) -> None:
     table = Axis(name="table", choices=((), (Int8Table(),)))
-    linear = Axis(name="linear", choices=((), (Int8Linear(),)))
-    config = SweepConfig(
-        axes=(linear, table), search=Optuna(trials=6), measure=MeasureConfig(rounds=5, warmup_rounds=0)
-    )
+    config = SweepConfig(axes=(table,), search=Optuna(trials=5), measure=MeasureConfig(rounds=5, warmup_rounds=0))
     result = sweep(config, finished.bundle, finished.store, tmp_path / "out")
     names = [row["recipe"] for row in result.rows]
-    assert len(set(names)) == len(names) >= 2
-    assert set(names) <= {"float32", "int8_table", "int8_linear", "int8_linear+int8_table"}
+    assert sorted(names) == ["float32", "int8_table"]  # five questions, two of them new
     assert all(row["status"] == "done" for row in result.rows)
 
 
