@@ -201,6 +201,9 @@ def test_int8_rows_kept_in_float32_are_as_small_a_file_and_answer_as_floats_do(h
     items = in_float32.encoder.items
     assert not items.rounds_queries
     assert items.cached_bytes() == 4 * (N_ITEMS + 1) * (items.width + 1)  # and the inverse length of each row
+    narrow = compress((LowRankTable(rank=8, keep="rows"), Int8Table(memory="float32")), _network())
+    narrow.scores(History(history_BT))
+    assert narrow.encoder.items.cached_bytes() >= 4 * 8 * (N_ITEMS + 1)
     state = {name: torch.zeros_like(tensor) for name, tensor in items.state_dict().items()}
     items.load_state_dict(state)
     assert not items.dot(torch.ones(1, items.width)).any()

@@ -48,3 +48,6 @@ class LowRankTable(ItemTable):
     @property
     def rounds_queries(self) -> bool:
         return self.left.rounds_queries
+
+    def cached_bytes(self) -> int:
+        return super().cached_bytes() + self.left.cached_bytes()
