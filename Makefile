@@ -29,17 +29,9 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: setup ## the whole road on real data; KEEP=1 leaves the service up
 	@$(BIN)/elasticrec quickstart $(if $(KEEP),--keep)
 
-test: check ## everything .ci/run runs: check, then the rest of the test suite, in two runs at a time
+test: check ## everything .ci/run runs: check (with tests/arch), then the rest of the test suite
 	@deploy/system.sh test
-	@# Tests of clusters mostly wait for processes to start; those of single functions take what is left meanwhile.
-	@mkdir -p build; status=0; \
-	echo "test: tests/unit and tests/golden (into build/functions.log) beside tests/cluster, tests/e2e and tests/contract"; \
-	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -p no:cacheprovider tests/unit tests/golden \
-		> build/functions.log 2>&1 & functions=$$!; \
-	$(BIN)/python -m pytest tests/cluster tests/e2e tests/contract || status=1; \
-	wait $$functions || status=1; \
-	cat build/functions.log; \
-	exit $$status
+	$(BIN)/python -m pytest tests/cluster tests/contract tests/e2e tests/golden tests/unit
 
 check: setup ## format, lint, types, import contracts, docs links, the docs as a site
 	$(BIN)/ruff format --check .

@@ -18,7 +18,7 @@ from elasticrec.data.synthetic import SyntheticConfig, describe_items, generate
 from tests.arch.fences import PAGES, ROOT, check_command, fences
 from tests.e2e.docs_session import Session
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 def make_logs(folder: Path) -> None:
@@ -55,7 +55,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
         with local_cluster(LocalClusterConfig(num_cpus=2, train_slots=2)) as cluster:
             command = [sys.executable, "-m", "tests.e2e.docs_session", str(folder)]
             done = subprocess.run(
-                command, cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=280, check=False
+                command, cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=840, check=False
             )
     (folder / "outcomes.jsonl").write_text(done.stdout, encoding="utf-8")  # who took how long
     found: dict[str, list[dict[str, str]]] = defaultdict(list)
