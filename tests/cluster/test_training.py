@@ -29,7 +29,7 @@ from elasticrec.training.journal import STARTS, STEPS, read
 from elasticrec.training.loop import Loop
 from elasticrec.training.run import CheckpointConfig, ElasticConfig, RunConfig, ValidationConfig
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 N_USERS, N_ITEMS = 400, 300
 
 
