@@ -2,6 +2,8 @@
 
     python -m benchmarks.gpu_serving --data data/ml-100k --json FILE
 
+`--parts scaled` is for a host of several GPUs: one replica on each, from one to all.
+
 `--data`: ML-100K as `elasticrec data prepare` left it; without it, it is fetched. `--device cpu --quick` is the same
 shape without a GPU. After each row the file is written. Requests come from a few processes of `benchmarks.loadgen`.
 """
@@ -47,6 +49,7 @@ from elasticrec.serving.question import Question
 from elasticrec.serving.scorer import Scorer
 from elasticrec.serving.setup import ModelSetup
 
+BULK_PATH, LINEAR = "/v1/recommend:batch", 0.9
 STAGES = ("history", "encode", "retrieve", "rank", "postprocess", "queue", "total")
 BULK_TARGET, SPIKE = 100_000, 3.0
 COLUMNS = ("what", "replicas", "connections", "req/s", "users/s", "p50 ms", "p99 ms", "max ms", "failed", "degraded",
@@ -104,13 +107,13 @@ class Bench:
         keep("gpu_serving", self.rows, self.checks, self.file)
 
     @contextmanager
-    def serving(self, replicas: int, topology: str = "fused", **others: Any) -> Iterator[int]:
-        """The graph with so many replicas of a whole GPU; yields its port. Nothing of it is left at the end."""
+    def serving(self, replicas: int, topology: str = "fused", *, own: bool = False, **others: Any) -> Iterator[int]:
+        """The graph with replicas that share a GPU, or have an `own` one each; nothing of it is left at the end."""
         arguments = self.scene.arguments(topology=topology, replicas=replicas, timeout_ms=10_000, **others)
         if topology == "split":
             arguments["gateways"] = self.size.gateways
         if self.device == "cuda":
-            arguments["num_gpus"] = 10_000 // replicas / 10_000  # Ray counts so fine
+            arguments["num_gpus"] = 1.0 if own else 10_000 // replicas / 10_000  # Ray counts so fine
         started_s = time.monotonic()
         try:
             deploy(self.cluster, arguments, timeout_s=120)
@@ -236,20 +239,48 @@ def hops(bench: Bench, topology: str, replicas: int) -> None:
 def bulk(bench: Bench) -> None:
     """Users a second of the batch endpoint, three requests at a time for each replica."""
     size, replicas = bench.size, bench.size.bulk_replicas
-    ids = [json.loads(body)["user_id"] for body in bench.scene.bodies]
-    rng = np.random.default_rng(0)
-    bodies = [json.dumps({"user_ids": rng.choice(ids, size.bulk_users).tolist(), "k": 10}) for _ in range(4)]
     with bench.serving(replicas, num_cpus=1):
-        plan = bench.plan(3 * replicas, 2 * size.seconds, warm_s=2 * size.warm_s, bodies=bodies,
-                          path="/v1/recommend:batch")  # fmt: skip
+        plan = bench.plan(3 * replicas, 2 * size.seconds, warm_s=2 * size.warm_s, bodies=_bulk_bodies(bench),
+                          path=BULK_PATH)  # fmt: skip
         with Watch() as watch:
             found = spread(plan, size.generators)
-        users_per_s = found["per_s"] * size.bulk_users
-        bench.tell(f"recommend:batch, {size.bulk_users} users", replicas=replicas, connections=3 * replicas,
-                   **{"req/s": found["per_s"], "users/s": users_per_s}, p50_ms=found["p50_ms"], p99_ms=found["p99_ms"],
-                   max_ms=found["max_ms"], failed=found["failed"], degraded=found["degraded"],
-                   retried=found["retried"], **watch.found)  # fmt: skip
+        users_per_s = _tell_bulk(bench, replicas, found, watch.found)
     bench.check("batch endpoint", users_per_s, BULK_TARGET, "users/s", users_per_s >= BULK_TARGET)
+
+
+def _bulk_bodies(bench: Bench) -> list[str]:
+    ids = [json.loads(body)["user_id"] for body in bench.scene.bodies]
+    rng = np.random.default_rng(0)
+    return [json.dumps({"user_ids": rng.choice(ids, bench.size.bulk_users).tolist(), "k": 10}) for _ in range(4)]
+
+
+def _tell_bulk(bench: Bench, replicas: int, found: dict[str, Any], gpu: dict[str, Any]) -> float:
+    """A row; returns users/s."""
+    users_per_s = float(found["per_s"] * bench.size.bulk_users)
+    what = f"recommend:batch, {bench.size.bulk_users} users"
+    _tell_load(bench, what, replicas, 3 * replicas, found, gpu | {"users/s": users_per_s})
+    return users_per_s
+
+
+def scaled(bench: Bench) -> None:
+    """One replica a GPU, from one to all: requests and batches; each replica gets the same load."""
+    gpus = max(1, torch.cuda.device_count()) if bench.device == "cuda" else 2
+    counts = [count for count in (1, 2, 4, 8) if count <= gpus]
+    users = {count: _scaled(bench, count) for count in counts}
+    most, share = counts[-1], users[counts[-1]] / counts[-1] / users[1]
+    name = f"batch endpoint: users/s a GPU, {most} against one"
+    bench.check(name, share, LINEAR, "", share >= LINEAR)
+
+
+def _scaled(bench: Bench, gpus: int) -> float:
+    size, bodies = bench.size, _bulk_bodies(bench)
+    with bench.serving(gpus, own=True):
+        wait_running(bench.cluster, gpus)
+        for connections in (32 * gpus, 128 * gpus):
+            plan = bench.plan(connections, size.seconds, warm_s=size.warm_s)
+            _tell_load(bench, "one replica a GPU", gpus, connections, spread(plan, size.generators * gpus), {})
+        plan = bench.plan(3 * gpus, 2 * size.seconds, warm_s=2 * size.warm_s, bodies=bodies, path=BULK_PATH)
+        return _tell_bulk(bench, gpus, spread(plan, size.generators * gpus), {})
 
 
 def disturbed(bench: Bench, what: str, action: Callable[[], Any], seconds: float) -> dict[str, Any]:
@@ -383,6 +414,7 @@ def run(bench: Bench, folder: Path, parts: Sequence[str]) -> bool:
         "bulk": [lambda: bulk(bench)],
         "split": [partial(latency, bench, "split", replicas) for replicas in each],
         "large": [lambda: large(bench, folder / "large")],
+        "scaled": [lambda: scaled(bench)],
     }
     whole = True
     for part in parts:
@@ -423,11 +455,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--data", type=Path, help="ML-100K, prepared; else it is fetched")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--parts", default=",".join(ALL), help="some of them, with commas between")
+    parser.add_argument("--parts", default=",".join(ALL), help="some of them, or scaled, with commas between")
     chosen = parser.parse_args()
     size = QUICK if chosen.quick else Size()
     started_s = time.monotonic()
-    most = max(*size.replicas, size.bulk_replicas, 2)
+    most = max(*size.replicas, size.bulk_replicas, torch.cuda.device_count(), 2)
     with tempfile.TemporaryDirectory(prefix="er-gpu-") as scratch:
         scene = make_scene(Path(scratch), data=chosen.data)
         config = LocalClusterConfig(num_cpus=most + size.gateways + 2, train_slots=0, haproxy=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.result import Check, publish
 from elasticrec.model.topk import GroupedTopK, Keys
+from elasticrec.model.topk_sharded import ShardedTopK
 
 WIDTH, K = 128, 100
 CHUNK = 500_000  # items of the reference
@@ -32,6 +33,7 @@ class Case:
     queries: int
     integers: bool
     target_ms: float | None = None
+    gpus: int = 1
 
 
 CASES = [
@@ -43,6 +45,7 @@ CASES = [
     Case(items=10_000_000, queries=64, integers=True, target_ms=3.0),
 ]
 TINY = [Case(items=5_000, queries=8, integers=integers, target_ms=1e3) for integers in (False, True)]
+SHARDED = [(10_000_000, 64), (40_000_000, 64), (40_000_000, 256)]
 
 
 def main() -> None:
@@ -50,20 +53,37 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gpus", default="", help="1,2,4: catalogues that are spread over so many, and nothing else")
     chosen = parser.parse_args()
     rows, checks = [], []
     with torch.inference_mode():
-        for case in TINY if chosen.quick else CASES:
+        for case in cases(chosen):
             row, more = measure(case, chosen.device)
             print(row, flush=True)
             rows.append(row)
             checks.extend(more)
-    publish("retrieval_gpu", rows, checks, chosen.json)
+    publish("retrieval_sharded" if chosen.gpus else "retrieval_gpu", rows, checks, chosen.json)
+
+
+def cases(chosen: argparse.Namespace) -> list[Case]:
+    """What is asked for."""
+    if not chosen.gpus:
+        return TINY if chosen.quick else CASES
+    sizes = [(5_000, 8)] if chosen.quick else SHARDED
+    counts = [int(count) for count in chosen.gpus.split(",")]
+    return [Case(items=items, queries=queries, integers=True, gpus=gpus) for items, queries in sizes for gpus in counts]
+
+
+def topk_of(keys: Keys, case: Case, device: str) -> GroupedTopK | ShardedTopK:
+    """Over the case's GPUs, of which keys lie on the first."""
+    if case.gpus == 1:
+        return GroupedTopK(keys)
+    return ShardedTopK(keys, [torch.device(device, None if device == "cpu" else place) for place in range(case.gpus)])
 
 
 def measure(case: Case, device: str) -> tuple[dict[str, Any], list[Check]]:
     keys, query_BD = draw(case, device)
-    topk = GroupedTopK(keys)
+    topk = topk_of(keys, case, device)
     nobody = torch.empty(0, dtype=torch.int64)
     expected_BK, item_BK = reference(query_BD, keys)
     row_N = torch.arange(case.queries).repeat_interleave(BLOCKED)
@@ -82,6 +102,7 @@ def measure(case: Case, device: str) -> tuple[dict[str, Any], list[Check]]:
     ms = milliseconds(plain, device)
     row = {
         "items": case.items,
+        "gpus": case.gpus,
         "batch": case.queries,
         "keys": "int8" if case.integers else "bfloat16",
         "ms": ms,
@@ -90,7 +111,9 @@ def measure(case: Case, device: str) -> tuple[dict[str, Any], list[Check]]:
         "largest_deviation": deviation,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device != "cpu" else 0.0,
     }
-    name = f"best {K} of {case.items} x {WIDTH} {row['keys']}, batch {case.queries}"
+    name = f"best {K} of {case.items} x {WIDTH} {row['keys']}, batch {case.queries}" + (
+        f", {case.gpus} GPUs" if case.gpus > 1 else ""
+    )
     checks = [Check(name=f"{name}: deviation", value=deviation, target=CLOSE, unit="", holds=deviation <= CLOSE)]
     if case.target_ms is not None:
         checks.append(Check(name=name, value=ms, target=case.target_ms, unit="ms", holds=ms < case.target_ms))

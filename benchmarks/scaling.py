@@ -58,14 +58,14 @@ from elasticrec.training.sync.hooks import Bfloat16
 from elasticrec.training.sync.local_sgd import LocalSGD, Nesterov
 from elasticrec.training.sync.sharded import Sharded
 
-MEET_EVERY, EFFICIENT, LIMIT_S, LIMIT_ROWS_S = 32, 0.9, 150, 480
+MEET_EVERY, EFFICIENT, LIMIT_S, LIMIT_ROWS_S = 32, 0.9, 100, 480
 LAUNCHED = Way(name="launched", compute=without_padding(compile=True), fused=True, jagged=True)
 CHANGING = Way(name="launched, of changing shapes", compute=without_padding(), fused=True, jagged=True)
 PACKED = Way(name="packed", compute=bfloat16())  # what sampled softmax takes
 SAMPLED, THROTTLED = ("sampled", "rows"), ("throttled", "throttled balanced")
 KINDS = ["captured", "ddp", "ddp bfloat16", "fsdp", "hsdp", "local_sgd", "diloco", "gossip", *SAMPLED, *THROTTLED]
 ROWS, QUICK_ROWS = 50_000_000, 3_000  # of the item table in `rows`
-COPIES, FILLED = 5, 0.7  # weights, two moments, averaged and best weights; the share of a GPU's memory for them
+COPIES, FILLED = 5, 0.76  # weights, two moments, averaged and best weights; the share of a GPU's memory for them
 SHARDS_A_GPU = 8
 PAYS = 1.1  # balanced against not balanced
 
@@ -272,9 +272,9 @@ def counts_of(chosen: argparse.Namespace) -> list[int]:
 
 
 def groups(todo: list[Case], gpus: int) -> list[list[Case]]:
-    """Cases of the same number of GPUs, as many at a time as there are GPUs for."""
+    """Cases of the same number of GPUs, as many at a time as there are GPUs for: one GPU, then most, then between."""
     found: list[list[Case]] = []
-    for count in sorted({case.gpus for case in todo}):
+    for count in sorted({case.gpus for case in todo}, key=lambda count: (count > 1, -count)):
         same = [case for case in todo if case.gpus == count]
         beside = max(1, gpus // count)
         found += [same[start : start + beside] for start in range(0, len(same), beside)]

@@ -83,8 +83,7 @@ def test_the_rows_of_a_worker_are_those_of_a_whole_table(
     """And the random numbers after them."""
     monkeypatch.setattr(quantized, "_DRAWN_ROWS", 64)
     torch.manual_seed(3)
-    whole_ID = nn.init.normal_(torch.empty(rows, width), std=0.02)
-    whole_ID[0] = 0
+    whole_ID = new_rows(rows, width, range(rows))
     after = torch.rand(1)
     for shards in (1, 2, 3, 7):
         for shard in range(shards):
@@ -92,6 +91,27 @@ def test_the_rows_of_a_worker_are_those_of_a_whole_table(
             own = own_rows(rows, shard, shards)
             assert torch.equal(new_rows(rows, width, own), whole_ID[own.start : own.stop])
             assert torch.equal(torch.rand(1), after)
+
+
+def test_new_rows_are_random_in_every_block_and_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "_DRAWN_ROWS", 64)
+    tables = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        tables.append(new_rows(640, 16, range(640)))
+    assert torch.equal(tables[0], tables[1])
+    blocks = [table.split(64)[place][1:] for table in (tables[0], tables[2]) for place in range(10)]
+    assert all(abs(float(block.std()) / 0.02 - 1) < 0.1 for block in blocks)
+    correlation = torch.corrcoef(torch.stack([block.flatten() for block in blocks]))
+    assert float((correlation - torch.eye(20)).abs().max()) < 0.2
+    assert not tables[0][0].any()
+
+
+def test_a_small_table_takes_the_random_numbers_of_any_parameter() -> None:
+    torch.manual_seed(3)
+    expected_ID = nn.init.normal_(torch.empty(200, 16), std=0.02)
+    torch.manual_seed(3)
+    assert torch.equal(new_rows(200, 16, range(200))[1:], expected_ID[1:])
 
 
 def test_a_table_of_given_rows_holds_these_and_no_copy() -> None:

@@ -223,6 +223,15 @@ def test_a_replica_reserves_its_share() -> None:
     assert device_of(0.0).type == "cpu"
 
 
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")  # in Ray's own code
+def test_gpus_of_a_replica_are_whole_or_a_share_of_one() -> None:
+    from elasticrec.serving.arguments import Args
+
+    assert Args(bundle="b", num_gpus=2).num_gpus == 2
+    with pytest.raises(ValueError, match=r"1\.5 GPUs: give a share below 1, or a whole number"):
+        Args(bundle="b", num_gpus=1.5)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_share_of_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="sees no GPU"):

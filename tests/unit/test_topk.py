@@ -10,7 +10,9 @@ from elasticrec.model.head import AnyHead, DotHeadConfig, HeadConfig
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.model.quantized import Int8Table
 from elasticrec.model.topk import GroupedTopK, Keys, group_maxima
+from elasticrec.model.topk_sharded import ShardedTopK
 
+CPU = torch.device("cpu")
 ROWS, WIDTH, QUERIES = 1003, 16, 7  # not a multiple of any group
 NOBODY = torch.empty(0, dtype=torch.int64)
 
@@ -102,3 +104,33 @@ def test_a_group_that_tiles_cannot_hold_is_refused() -> None:
     for group in (8, 24):
         with pytest.raises(ConfigError, match=f"group {group} must be a power of two"):
             GroupedTopK(draw(torch.float32), group)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("shards", [1, 3, 7])
+@pytest.mark.parametrize("blocked", [0, 40])
+def test_shards_merged_are_the_whole(dtype: torch.dtype, shards: int, blocked: int) -> None:
+    torch.manual_seed(shards)
+    keys, query_BD = draw(dtype), torch.randn(QUERIES, WIDTH)
+    row_N = torch.arange(QUERIES).repeat_interleave(blocked)
+    item_N = GroupedTopK(keys).top(query_BD, 2 * blocked, NOBODY, NOBODY)[0][:, ::2].flatten() if blocked else NOBODY
+    whole, merged = (
+        one.top(query_BD, 20, row_N, item_N) for one in (GroupedTopK(keys), ShardedTopK(keys, [CPU] * shards))
+    )
+    assert torch.equal(merged[0], whole[0])
+    torch.testing.assert_close(merged[1], whole[1])
+
+
+def test_shards_with_fewer_items_than_are_wanted_give_all() -> None:
+    keys = Keys(key_ID=torch.randn(6, WIDTH))
+    sharded = ShardedTopK(keys, [CPU] * 3)
+    item_BK, score_BK = sharded.top(torch.randn(2, WIDTH), 50, torch.zeros(3).long(), torch.tensor([1, 2, 5]))
+    assert set(item_BK[0, :2].tolist()) == {3, 4}
+    assert item_BK[0, 2:].tolist() == [0, 0, 0]
+    assert torch.isinf(score_BK[0]).tolist() == [False, False, True, True, True]
+    assert sorted(item_BK[1].tolist()) == [1, 2, 3, 4, 5]
+
+
+def test_more_devices_than_items_are_refused() -> None:
+    with pytest.raises(ConfigError, match="2 items cannot be spread over 3 devices"):
+        ShardedTopK(Keys(key_ID=torch.randn(3, WIDTH)), [CPU] * 3)

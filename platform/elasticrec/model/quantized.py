@@ -7,6 +7,7 @@ float copy of its rows: what is cached is one float a row, the inverse of its le
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -136,17 +137,19 @@ class FloatTable(ItemTable):
 
 @torch.no_grad()
 def new_rows(rows: int, width: int, own: range) -> Tensor:
-    """Some neighbouring rows of a new table, the others drawn and dropped: the same ones whoever holds how many."""
+    """Some neighbouring rows of a new table: the same ones whoever holds how many, and no others are drawn for them.
+
+    Each block of rows has a generator of its own, but for the first: it takes torch's, as any parameter does.
+    """
     row_OD = torch.empty(len(own), width)
-    begins = list(
-        range(0, max(1, rows - _DRAWN_ROWS + 1), _DRAWN_ROWS)
-    )  # torch redraws the last 16 numbers of an odd end
-    for begin, end in zip(begins, [*begins[1:], rows], strict=True):
+    begins = range(0, max(1, rows - _DRAWN_ROWS + 1), _DRAWN_ROWS)  # torch redraws the last 16 numbers of an odd end
+    seed = int(torch.randint(2**62, ())) if len(begins) > 1 else 0
+    for begin, end in pairwise([*begins, rows]):
         low, high = max(begin, own.start), min(end, own.stop)
-        if (low, high) == (begin, end):
-            row_OD[begin - own.start : end - own.start].normal_(std=_SPREAD)
+        if begin and low >= high:
             continue
-        drawn_RD = torch.empty(end - begin, width).normal_(std=_SPREAD)
+        generator = torch.Generator().manual_seed(seed + begin) if begin else None
+        drawn_RD = torch.empty(end - begin, width).normal_(std=_SPREAD, generator=generator)
         if low < high:
             row_OD[low - own.start : high - own.start] = drawn_RD[low - begin : high - begin]
     row_OD[: max(0, 1 - own.start)] = 0.0  # padding

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from elasticrec.artifact.location import locate
 from elasticrec.artifact.registry import parse_reference
@@ -16,6 +16,12 @@ from elasticrec.serving.stores import absolute
 def _parsed(value: Any) -> Any:
     """`serve run` gives text: JSON, or nothing."""
     return json.loads(value or "{}") if isinstance(value, str) else value
+
+
+def _whole_or_less_than_one(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"{gpus:g} GPUs: give a share below 1, or a whole number")
+    return gpus
 
 
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
@@ -43,7 +49,12 @@ class Args(BaseModel):
     search_taste: float = Field(default=0.3, ge=0, le=1, description="what taste counts beside the text of a search")
     threads: int = Field(default=1, ge=1, le=256, description="threads of torch in each model replica")
     num_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a model replica")
-    num_gpus: float = Field(default=0.0, ge=0, le=64, description="share of a GPU for a model replica, 0.25; 0: none")
+    num_gpus: Annotated[float, AfterValidator(_whole_or_less_than_one)] = Field(
+        default=0.0,
+        ge=0,
+        le=64,
+        description="share of a GPU for a model replica, 0.25; 2: a catalogue over two; 0: none",
+    )
     gateway_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a gateway (split only)")
     label_selector: Annotated[dict[str, str], BeforeValidator(_parsed)] = Field(
         default={}, description='labels of nodes that replicas may lie on, {"kind": "gateway"}; empty: any node'

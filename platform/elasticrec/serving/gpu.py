@@ -30,6 +30,7 @@ from elasticrec.model.network import Network
 from elasticrec.model.sasrec import SASRecBlock
 from elasticrec.model.sparse import Sparse24Linear
 from elasticrec.model.topk import GroupedTopK, Keys
+from elasticrec.model.topk_sharded import ShardedTopK
 
 GROUPED_FROM: Final = 200_000  # items; below, the product of all is as quick and exact by itself
 _WARM_UP: Final = 3  # passes before a recording: handles, workspaces, plans of kernels
@@ -42,7 +43,7 @@ class Resident:
     """What a network on a GPU has beside its weights; none of what does not fit it."""
 
     queries: "RecordedQueries | None" = None
-    top: GroupedTopK | None = None
+    top: GroupedTopK | ShardedTopK | None = None
 
 
 def device_of(num_gpus: float) -> torch.device:
@@ -79,17 +80,18 @@ def loading(device: torch.device) -> Iterator[None]:
     stream.synchronize()
 
 
-def move(network: Network, device: torch.device, most_rows: int) -> Resident | None:
+def move(network: Network, device: torch.device, most_rows: int, gpus: int = 1) -> Resident | None:
     """Moves a network, in place; call it inside `loading`. None on the CPU, where nothing changes.
 
     Args:
         most_rows: of a batch; larger ones are taken in pieces.
+        gpus: over so many, the first ones, the keys of a large catalogue are spread; the network is on `device` alone.
     """
     if device.type != "cuda":
         return None
     network.to(device)
     fix_shapes(network)
-    return Resident(queries=_recorded(network, most_rows), top=_grouped(network, most_rows))
+    return Resident(queries=_recorded(network, most_rows), top=_grouped(network, most_rows, gpus))
 
 
 def fix_shapes(network: Network) -> None:
@@ -237,16 +239,18 @@ def _recorded(network: Network, most_rows: int) -> RecordedQueries | None:
         return None
 
 
-def _grouped(network: Network, most_rows: int) -> GroupedTopK | None:
+def _grouped(network: Network, most_rows: int, gpus: int) -> GroupedTopK | ShardedTopK | None:
     width = network.config.encoder.width
     if network.n_items < GROUPED_FROM or width < _LEAST_WIDTH or width & (width - 1):
         return None
-    top = GroupedTopK(Keys.of(network))
+    keys = Keys.of(network)
+    spread = [torch.device("cuda", place) for place in range(gpus)]
+    top = ShardedTopK(keys, spread) if gpus > 1 else GroupedTopK(keys)
     warm_up(top, torch.zeros(most_rows, width, device=network.device))
     return top
 
 
-def warm_up(top: GroupedTopK, query_BD: Tensor) -> None:
+def warm_up(top: GroupedTopK | ShardedTopK, query_BD: Tensor) -> None:
     """Asks once for every number of queries and groups that kernels are compiled apart for: no request waits for that.
 
     Triton makes other code for other powers of two, for one, and for multiples of 16.

@@ -72,7 +72,7 @@ def checked_scorer(bundle: Bundle, args: Args, others_answer: bool) -> Scorer:
     network, device = bundle.network(), device_of(args.num_gpus)
     limits = SelfCheck(max_latency_ms=args.max_latency_ms) if others_answer else None
     with loading(device):
-        resident = move(network, device, max(args.max_batch, BULK_USERS))
+        resident = move(network, device, max(args.max_batch, BULK_USERS), max(1, int(args.num_gpus)))
         # As the network answers by itself: a prior or a stage of somebody else may well change the answers.
         check(bundle, network, Scorer(network, ModelSetup(network=network, resident=resident)), limits)
         return make_scorer(bundle, args.how, network, resident)

@@ -14,6 +14,7 @@ from elasticrec.data.inputs import Bool
 from elasticrec.data.sequences import Float32, Int64
 from elasticrec.model.head import Product
 from elasticrec.model.topk import GroupedTopK
+from elasticrec.model.topk_sharded import ShardedTopK
 from elasticrec.serving.question import Question
 from elasticrec.serving.setup import ModelSetup
 
@@ -74,7 +75,7 @@ class ExactRetriever:
         adjust(score_bI, begin, question)
         return best(score_bI, min(k, score_bI.shape[1] - 1))
 
-    def _of_groups(self, top: GroupedTopK, query_BD: Tensor, question: Question) -> tuple[Tensor, Tensor]:
+    def _of_groups(self, top: GroupedTopK | ShardedTopK, query_BD: Tensor, question: Question) -> tuple[Tensor, Tensor]:
         row_N, item_N = (torch.from_numpy(part_N) for part_N in (question.blocked_row_N, question.blocked_item_N))
         item_BK, rounded_BK = top.top(query_BD, _ROUNDED * question.k, row_N, item_N)
         score_BK = self._network.head.product_of(self._network.encoder.items, query_BD, item_BK)

@@ -1,6 +1,7 @@
 """How a step is computed: a config in, a loss whose forward pass is cast, compiled, captured or computed again out."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.model.recompute import Recompute
 from elasticrec.training.captured import CapturedLink
 from elasticrec.training.feed import Shapes
+from elasticrec.training.pieces import is_sharded
 from elasticrec.training.sync.all_reduce import AllReduceLink
 from elasticrec.training.sync.protocol import Link
 
@@ -96,8 +98,14 @@ def compile_network(loss: SummedLoss, network: Network, config: ComputeConfig) -
     """The network's forward pass as one compiled function; parameters keep their names and places.
 
     Averaged weights are worn outside of training only, so a captured graph finds its parameters where they were.
+    Of a sharded network each block is compiled: between blocks weights are gathered and let go.
     """
     mode = "reduce-overhead" if config.graphs else None
+    blocks = [block for block in getattr(network.encoder, "blocks", ()) if any(map(is_sharded, block.parameters()))]
+    for block in blocks:
+        block.forward = _compiled(block.forward, config, mode)
+    if blocks:
+        return
     if not config.bucket_tokens:
         loss.hidden = torch.compile(network.forward, dynamic=False, mode=mode)
         return
@@ -110,6 +118,10 @@ def compile_network(loss: SummedLoss, network: Network, config: ComputeConfig) -
         return found
 
     loss.hidden = hidden
+
+
+def _compiled(forward: Callable[..., Tensor], config: ComputeConfig, mode: str | None) -> Callable[..., Tensor]:
+    return torch.compile(forward, dynamic=None if config.bucket_tokens else False, mode=mode)
 
 
 def capture(config: ComputeConfig, link: Link, loss: SummedLoss, world: int) -> Link:
