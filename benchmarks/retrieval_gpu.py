@@ -78,7 +78,9 @@ def topk_of(keys: Keys, case: Case, device: str) -> GroupedTopK | ShardedTopK:
     """Over the case's GPUs, of which keys lie on the first."""
     if case.gpus == 1:
         return GroupedTopK(keys)
-    return ShardedTopK(keys, [torch.device(device, None if device == "cpu" else place) for place in range(case.gpus)])
+    return ShardedTopK(
+        keys, [torch.device("cpu") if device == "cpu" else torch.device(device, place) for place in range(case.gpus)]
+    )
 
 
 def measure(case: Case, device: str) -> tuple[dict[str, Any], list[Check]]:

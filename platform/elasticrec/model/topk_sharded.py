@@ -50,7 +50,11 @@ class ShardedTopK:
         self, query_BD: Tensor, k: int, blocked_row_N: Tensor, blocked_item_N: Tensor, most: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Items and scores, best first: int64 (B, K) and float32 (B, K); see `GroupedTopK.top`."""
-        found = [self._asked(shard, query_BD, k, blocked_row_N, blocked_item_N, most) for shard in self._shards]
+        if most is None:
+            most = int(torch.bincount(blocked_row_N).max()) if len(blocked_row_N) else 0
+        # All is sent before anything is asked: what is sent later waits for the work of the device that it comes from.
+        questions = [self._sent(shard, query_BD, blocked_row_N, blocked_item_N) for shard in self._shards]
+        found = [self._asked(shard, question, k, most) for shard, question in zip(self._shards, questions, strict=True)]
         first = self._shards[0].device
         item_BC = torch.cat([item_BK.to(first, non_blocking=True) for item_BK, _ in found], dim=1)
         score_BC = torch.cat([score_BK.to(first, non_blocking=True) for _, score_BK in found], dim=1)
@@ -58,15 +62,19 @@ class ShardedTopK:
         return item_BC.gather(1, place_BK), score_BK
 
     @staticmethod
-    def _asked(
-        shard: _Shard, query_BD: Tensor, k: int, row_N: Tensor, item_N: Tensor, most: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """The best of a shard, by the catalogue's indices."""
+    def _sent(shard: _Shard, query_BD: Tensor, row_N: Tensor, item_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, and the blocked pairs among the shard's items, on its device."""
         mine_N = (item_N >= shard.begin) & (item_N < shard.end)
-        place_N = item_N[mine_N] - shard.begin + 1
+        sent = (query_BD, row_N[mine_N], item_N[mine_N] - shard.begin + 1)
+        query_BD, row_N, place_N = (tensor.to(shard.device, non_blocking=True) for tensor in sent)
+        return query_BD, row_N, place_N
+
+    @staticmethod
+    def _asked(shard: _Shard, question: tuple[Tensor, Tensor, Tensor], k: int, most: int) -> tuple[Tensor, Tensor]:
+        """The best of a shard, by the catalogue's indices."""
+        query_BD, row_N, place_N = question
         with on(shard.device):
-            query_BD = query_BD.to(shard.device, non_blocking=True)
-            place_BK, score_BK = shard.top.top(query_BD, k, row_N[mine_N], place_N, most)
+            place_BK, score_BK = shard.top.top(query_BD, k, row_N, place_N, most)
             return torch.where(place_BK == PAD, PAD, place_BK + (shard.begin - 1)), score_BK
 
 
