@@ -67,7 +67,6 @@ KINDS = ["captured", "ddp", "ddp bfloat16", "fsdp", "hsdp", "local_sgd", "diloco
 ROWS, QUICK_ROWS = 50_000_000, 3_000  # of the item table in `rows`
 COPIES, FILLED = 5, 0.76  # weights, two moments, averaged and best weights; the share of a GPU's memory for them
 SHARDS_A_GPU = 8
-SAMPLED_STEPS = 256
 PAYS = 1.1  # balanced against not balanced
 
 
@@ -115,7 +114,7 @@ def size_of(chosen: argparse.Namespace, case: Case) -> Size:
     whole = replace(TINY, steps=48) if chosen.quick else replace(FULL, blocks=8, batch_users=512, steps=256)
     if case.kind in SAMPLED:
         n_items = rows_that_fit(case.gpus, whole.width, chosen.quick, chosen.device)
-        whole = replace(whole, n_items=n_items, steps=min(whole.steps, SAMPLED_STEPS))
+        whole = replace(whole, n_items=n_items)
     return replace(whole, batch_users=case.gpus * whole.batch_users, meet_every=8 if chosen.quick else MEET_EVERY)
 
 
