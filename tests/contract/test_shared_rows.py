@@ -20,6 +20,7 @@ from elasticrec.config import to_mapping
 from elasticrec.data.plan import PlanConfig
 from elasticrec.data.sequences import Sequences, Store, write_store
 from elasticrec.evaluation.ranking import EvaluationConfig
+from elasticrec.model import quantized
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import TABLE, NetworkConfig
 from elasticrec.model.sampled import InBatch, Popularity, SampledSoftmax, Source
@@ -57,6 +58,9 @@ CASES = {
 }
 
 
+DRAWN_ROWS = 256  # as in family.py: a new table is drawn in several blocks
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     length_U = 5 + np.arange(N_USERS) % 6
@@ -91,8 +95,10 @@ def alone(store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     runs = {source: config(tmp_path_factory.mktemp(source), source, AllReduce(meet_every=1)) for source in SOURCES}
-    for run in runs.values():
-        Loop(run, store, LocalHost(run.folder)).train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantized, "_DRAWN_ROWS", DRAWN_ROWS)
+        for run in runs.values():
+            Loop(run, store, LocalHost(run.folder)).train()
     torch.set_num_threads(threads)
     return {source: run.folder for source, run in runs.items()}
 
