@@ -14,7 +14,6 @@ from elasticrec.monitoring.series import WAITING
 from elasticrec.serving.api.problems import DeadlineError, UnavailableError
 from elasticrec.serving.arguments import Args
 from elasticrec.serving.gpu import device_of, require_healthy
-from elasticrec.serving.memory import limit_arenas
 from elasticrec.serving.meter import Meter
 from elasticrec.serving.opening import checked_scorer, watch_of
 from elasticrec.serving.question import Candidates, Question
@@ -28,7 +27,6 @@ class ModelReplica:
 
     def __init__(self, args: Args) -> None:
         self._device = device_of(args.num_gpus)
-        limit_arenas()
         torch.set_num_threads(args.threads)
         self._asked: Rollout | None = None
         self._scorers: Shelf[Scorer] = Shelf(
