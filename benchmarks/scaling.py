@@ -113,8 +113,7 @@ def size_of(chosen: argparse.Namespace, case: Case) -> Size:
     """Of 8 blocks, with the same users for each GPU."""
     whole = replace(TINY, steps=48) if chosen.quick else replace(FULL, blocks=8, batch_users=512, steps=256)
     if case.kind in SAMPLED:
-        n_items = rows_that_fit(case.gpus, whole.width, chosen.quick, chosen.device)
-        whole = replace(whole, n_items=n_items)
+        whole = replace(whole, n_items=rows_that_fit(case.gpus, whole.width, chosen.quick, chosen.device))
     return replace(whole, batch_users=case.gpus * whole.batch_users, meet_every=8 if chosen.quick else MEET_EVERY)
 
 

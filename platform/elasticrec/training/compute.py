@@ -1,7 +1,6 @@
 """How a step is computed: a config in, a loss whose forward pass is cast, compiled, captured or computed again out."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,7 +102,7 @@ def compile_network(loss: SummedLoss, network: Network, config: ComputeConfig) -
     mode = "reduce-overhead" if config.graphs else None
     blocks = [block for block in getattr(network.encoder, "blocks", ()) if any(map(is_sharded, block.parameters()))]
     for block in blocks:
-        block.forward = _compiled(block.forward, config, mode)
+        block.forward = torch.compile(block.forward, dynamic=None if config.bucket_tokens else False, mode=mode)
     if blocks:
         return
     if not config.bucket_tokens:
@@ -118,10 +117,6 @@ def compile_network(loss: SummedLoss, network: Network, config: ComputeConfig) -
         return found
 
     loss.hidden = hidden
-
-
-def _compiled(forward: Callable[..., Tensor], config: ComputeConfig, mode: str | None) -> Callable[..., Tensor]:
-    return torch.compile(forward, dynamic=None if config.bucket_tokens else False, mode=mode)
 
 
 def capture(config: ComputeConfig, link: Link, loss: SummedLoss, world: int) -> Link:
