@@ -69,6 +69,7 @@ class Size:
     hops: int = 300  # requests, one after the other
     bulk_replicas: int = 10
     bulk_users: int = 2_000  # of a request
+    together: tuple[int, ...] = (64, 256)  # of them, in the model
     paced: int = 32  # connections while something happens
     pace_s: float = 0.05
     kill_s: float = 22.0  # of load around it
@@ -77,7 +78,7 @@ class Size:
 
 
 QUICK = Size(replicas=(1,), gateways=1, connections=(1, 8), seconds=1.0, warm_s=0.5, generators=1, hops=30,
-             bulk_replicas=1, bulk_users=200, paced=4, pace_s=0.1, kill_s=20.0, swap_s=14.0,
+             bulk_replicas=1, bulk_users=200, together=(32,), paced=4, pace_s=0.1, kill_s=20.0, swap_s=14.0,
              catalogue=20_000)  # fmt: skip
 
 
@@ -237,15 +238,24 @@ def hops(bench: Bench, topology: str, replicas: int) -> None:
 
 
 def bulk(bench: Bench) -> None:
-    """Users a second of the batch endpoint, three requests at a time for each replica."""
+    """Users a second of the batch endpoint, and what a lone request waits beside it, by how many go together."""
+    most = max(_bulk(bench, together) for together in bench.size.together)
+    bench.check("batch endpoint", most, BULK_TARGET, "users/s", most >= BULK_TARGET)
+
+
+def _bulk(bench: Bench, together: int) -> float:
+    """Three requests at a time for each replica; returns users/s."""
     size, replicas = bench.size, bench.size.bulk_replicas
-    with bench.serving(replicas, num_cpus=1):
-        plan = bench.plan(3 * replicas, 2 * size.seconds, warm_s=2 * size.warm_s, bodies=_bulk_bodies(bench),
-                          path=BULK_PATH)  # fmt: skip
-        with Watch() as watch:
-            found = spread(plan, size.generators)
-        users_per_s = _tell_bulk(bench, replicas, found, watch.found)
-    bench.check("batch endpoint", users_per_s, BULK_TARGET, "users/s", users_per_s >= BULK_TARGET)
+    load_of: dict[str, Any] = {"seconds": 2 * size.seconds, "warm_s": 2 * size.warm_s}
+    with bench.serving(replicas, num_cpus=1, bulk_users=together):
+        whole = bench.plan(3 * replicas, bodies=_bulk_bodies(bench), path=BULK_PATH, **load_of)
+        lone = bench.plan(replicas, pace_s=size.pace_s, mark="lone", **load_of)
+        with Watch() as watch, ThreadPoolExecutor(1) as pool:
+            beside = pool.submit(load, lone)
+            found = spread(whole, size.generators)
+        users_per_s = _tell_bulk(bench, replicas, found, watch.found, f"{together} together")
+        _tell_load(bench, f"lone requests beside, {together} together", replicas, replicas, beside.result(), {})
+    return users_per_s
 
 
 def _bulk_bodies(bench: Bench) -> list[str]:
@@ -254,10 +264,10 @@ def _bulk_bodies(bench: Bench) -> list[str]:
     return [json.dumps({"user_ids": rng.choice(ids, bench.size.bulk_users).tolist(), "k": 10}) for _ in range(4)]
 
 
-def _tell_bulk(bench: Bench, replicas: int, found: dict[str, Any], gpu: dict[str, Any]) -> float:
+def _tell_bulk(bench: Bench, replicas: int, found: dict[str, Any], gpu: dict[str, Any], more: str = "") -> float:
     """A row; returns users/s."""
     users_per_s = float(found["per_s"] * bench.size.bulk_users)
-    what = f"recommend:batch, {bench.size.bulk_users} users"
+    what = ", ".join(filter(None, [f"recommend:batch, {bench.size.bulk_users} users", more]))
     _tell_load(bench, what, replicas, 3 * replicas, found, gpu | {"users/s": users_per_s})
     return users_per_s
 

@@ -63,9 +63,10 @@ class ShardedTopK:
 
     @staticmethod
     def _sent(shard: _Shard, query_BD: Tensor, row_N: Tensor, item_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, and the blocked pairs among the shard's items, on its device."""
+        """Queries and blocked pairs on the shard's device; pairs of other shards block its padding, as it is anyway."""
+        # Picking pairs by a mask would take the threads of a host with 64 cores 4 ms for 13,000 of them.
         mine_N = (item_N >= shard.begin) & (item_N < shard.end)
-        sent = (query_BD, row_N[mine_N], item_N[mine_N] - shard.begin + 1)
+        sent = (query_BD, row_N, torch.where(mine_N, item_N - (shard.begin - 1), PAD))
         query_BD, row_N, place_N = (tensor.to(shard.device, non_blocking=True) for tensor in sent)
         return query_BD, row_N, place_N
 

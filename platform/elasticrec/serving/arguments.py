@@ -66,6 +66,9 @@ class Args(BaseModel):
     upscale_delay_s: float = Field(default=5.0, ge=0)
     downscale_delay_s: float = Field(default=120.0, ge=0)
     max_batch: int = Field(default=64, ge=1, le=1_024)
+    bulk_users: int = Field(
+        default=64, ge=1, le=1_024, description="users of a batch request that go through the model together"
+    )
     max_latency_ms: float = Field(default=250.0, gt=0, description="a version that takes longer alone is refused")
     max_ongoing_requests: int = Field(default=512, ge=1, description="a replica works on at most so many at once")
     max_queued_requests: int = Field(default=512, ge=-1, description="before Serve refuses by itself; -1: no limit")

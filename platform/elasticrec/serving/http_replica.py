@@ -38,6 +38,7 @@ class HttpReplica:
             items=items,
             search=SearchConfig(taste=args.search_taste),
             max_batch=args.max_batch,
+            bulk_users=args.bulk_users,
             group=self._versions.group,
             max_waiting=args.max_ongoing_requests,
             refused=lambda: self._versions.refused,

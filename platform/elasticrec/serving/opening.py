@@ -21,7 +21,6 @@ from elasticrec.serving.guard import Protection
 from elasticrec.serving.moves import Moves
 from elasticrec.serving.placement import require_one_host
 from elasticrec.serving.rate import Rate, RateConfig
-from elasticrec.serving.recommend_routes import BULK_USERS
 from elasticrec.serving.recommender import make_scorer
 from elasticrec.serving.scorer import Scorer
 from elasticrec.serving.selfcheck import SelfCheck, check
@@ -72,7 +71,7 @@ def checked_scorer(bundle: Bundle, args: Args, others_answer: bool) -> Scorer:
     network, device = bundle.network(), device_of(args.num_gpus)
     limits = SelfCheck(max_latency_ms=args.max_latency_ms) if others_answer else None
     with loading(device):
-        resident = move(network, device, max(args.max_batch, BULK_USERS), max(1, int(args.num_gpus)))
+        resident = move(network, device, max(args.max_batch, args.bulk_users), max(1, int(args.num_gpus)))
         # As the network answers by itself: a prior or a stage of somebody else may well change the answers.
         check(bundle, network, Scorer(network, ModelSetup(network=network, resident=resident)), limits)
         return make_scorer(bundle, args.how, network, resident)

@@ -28,7 +28,6 @@ from elasticrec.serving.postprocess import Recommendation
 from elasticrec.serving.service import Ask, Service
 from elasticrec.serving.timings import timings
 
-BULK_USERS: Final = 64  # users of a batch request that go through the model together; single requests wait for them
 BULK_IN_FLIGHT: Final = 2  # one is in the model, one written; where the stages are apart, each has one
 BULK_REQUESTS: Final = 8  # batch requests at a time; they do not wait in the queue of the others, so they have a limit
 
@@ -90,7 +89,7 @@ def to_request(wishes: Wishes, user_id: str | None, history: tuple[str, ...], of
 
 async def _in_bulk(service: Service, body: BatchRequest) -> list[bytes]:
     """The answers as JSON, some users at a time; single requests get in between them."""
-    turn = asyncio.Semaphore(BULK_IN_FLIGHT)
+    turn, size = asyncio.Semaphore(BULK_IN_FLIGHT), service.bulk_users
 
     async def some(user_ids: Sequence[str]) -> bytes:
         async with turn:
@@ -98,7 +97,7 @@ async def _in_bulk(service: Service, body: BatchRequest) -> list[bytes]:
             answers = await service.recommend([to_request(body, user_id, (), 0) for user_id in user_ids])
         return _rows(user_ids, answers)
 
-    pieces = [body.user_ids[begin : begin + BULK_USERS] for begin in range(0, len(body.user_ids), BULK_USERS)]
+    pieces = [body.user_ids[begin : begin + size] for begin in range(0, len(body.user_ids), size)]
     return list(await asyncio.gather(*map(some, pieces)))
 
 

@@ -48,6 +48,7 @@ class Service:
     items: ItemStore | None = None
     search: SearchConfig = field(default_factory=SearchConfig)
     max_batch: int = 64
+    bulk_users: int = 64  # of a batch request, that go through the model together; single requests wait for them
     group: Callable[[Request], Hashable] | None = None  # requests that go through the model together; none: all may
     batches_in_flight: int = 1
     max_waiting: int = 512  # requests for the model, and for the event store; beyond these the answer is 429
