@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import numpy as np
 
+from elasticrec.cli.web import connect
+
 WARM_UP = 30
 
 
@@ -17,7 +19,7 @@ class Client:
 
     def __init__(self, url: str, key: str) -> None:
         headers = {"authorization": f"Bearer {key}"}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=10, trust_env=False)
+        self._http = connect(base_url=url, headers=headers, timeout=10)
 
     def recommend(self, user_id: str, k: int = 10) -> httpx.Response:
         return self._http.post("/v1/recommend", json={"user_id": user_id, "k": k})

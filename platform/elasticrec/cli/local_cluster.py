@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, Literal
 
 import httpx
 
+from elasticrec.cli.web import connect, get
 from elasticrec.errors import ElasticRecError
 
 CLUSTER_MARK = "ELASTICREC_LOCAL_CLUSTER"
@@ -137,7 +138,7 @@ class LocalCluster:
         return next((node for node in self.nodes() if node["node_name"] == name), None)
 
     def _get(self, path: str) -> httpx.Response:
-        return httpx.get(self.dashboard_url + path, headers=self.headers, timeout=10, trust_env=False)
+        return get(self.dashboard_url + path, headers=self.headers)
 
 
 @contextlib.contextmanager
@@ -317,10 +318,9 @@ def _stop_serve(cluster: LocalCluster) -> None:
     """`serve.shutdown()` through the REST API: it returns when the applications and their proxies are gone."""
     if not _is_serving(cluster):
         return
-    with contextlib.suppress(httpx.HTTPError):
-        url = f"{cluster.dashboard_url}/api/serve/applications/"
-        timeout_s = cluster.config.stop_timeout_s
-        httpx.delete(url, headers=cluster.headers, timeout=timeout_s, trust_env=False)
+    patient = connect(headers=cluster.headers, timeout=cluster.config.stop_timeout_s)
+    with contextlib.suppress(httpx.HTTPError), patient as client:
+        client.delete(f"{cluster.dashboard_url}/api/serve/applications/")
 
 
 def _is_serving(cluster: LocalCluster) -> bool:

@@ -17,6 +17,7 @@ import httpx
 import yaml
 
 from elasticrec.cli.service import require_free
+from elasticrec.cli.web import get
 from elasticrec.errors import ElasticRecError
 from elasticrec.monitoring import files
 
@@ -147,7 +148,7 @@ def _by_dashboard(url: str) -> dict[str, Any]:
     headers = {"authorization": f"Bearer {token}"} if token else {}
     place = f"{url}/api/prometheus/sd"
     try:
-        answer = httpx.get(place, headers=headers, timeout=10, trust_env=False)
+        answer = get(place, headers=headers)
     except httpx.HTTPError as error:
         raise MonitorError(f"no Ray dashboard answers at {url}: {error}; start a cluster or give --dashboard") from None
     if answer.is_error:
@@ -219,6 +220,6 @@ def _running(command: list[str], log: Path, ready: str) -> Iterator[None]:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=5, trust_env=False).is_success
+        return get(url, timeout_s=5).is_success
     except httpx.HTTPError:
         return False

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 
 from elasticrec.cli.local_cluster import LocalCluster
+from elasticrec.cli.web import connect, get
 from elasticrec.errors import ElasticRecError
 
 GRAPH = "elasticrec.serving.graph:app"
@@ -35,7 +36,7 @@ def deploy(
         "applications": [{"name": NAME, "route_prefix": "/", "import_path": GRAPH, "args": arguments}],
     }
     url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=cluster.dashboard_url, headers=cluster.headers, timeout=60, trust_env=False) as api:
+    with connect(base_url=cluster.dashboard_url, headers=cluster.headers, timeout=60) as api:
         answer = api.put("/api/serve/applications/", json=config)
         if answer.is_error:
             raise ServiceError(f"Serve refused the configuration ({answer.status_code}): {answer.text}")
@@ -60,7 +61,7 @@ def require_free(port: int) -> None:
 def answers(url: str) -> bool:
     """Whether anything answers there, be it that it is busy."""
     try:
-        httpx.get(f"{url}/healthz", timeout=30, trust_env=False)
+        get(f"{url}/healthz", timeout_s=30)
     except httpx.HTTPError:
         return False
     return True
@@ -69,7 +70,7 @@ def answers(url: str) -> bool:
 def is_ready(url: str) -> bool:
     """Whether a replica answers and can recommend."""
     try:
-        return httpx.get(f"{url}/readyz", timeout=5, trust_env=False).status_code == 200
+        return get(f"{url}/readyz", timeout_s=5).status_code == 200
     except httpx.HTTPError:
         return False
 
