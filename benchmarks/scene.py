@@ -25,6 +25,7 @@ from benchmarks.loadgen import Plan
 from elasticrec.artifact.bundle import write_bundle
 from elasticrec.artifact.registry import Registry
 from elasticrec.cli.local_cluster import LocalCluster, free_port
+from elasticrec.cli.web import get
 from elasticrec.data.prepare import prepare_dataset
 from elasticrec.data.sequences import open_store
 from elasticrec.model.encoder import EncoderConfig
@@ -154,7 +155,7 @@ def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s:
         if process.poll() is not None:
             break
         try:
-            if httpx.get(url, timeout=5, trust_env=False).status_code == 200:
+            if get(url, timeout_s=5).status_code == 200:
                 return
         except httpx.HTTPError:
             pass
@@ -165,7 +166,7 @@ def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s:
 def pids_of(cluster: LocalCluster, class_name: str) -> list[int]:
     """Processes of the live actors of a class."""
     wanted = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&limit=10000&detail=1"
-    answer = httpx.get(f"{cluster.dashboard_url}/api/v0/actors?{wanted}", timeout=30, trust_env=False).json()
+    answer = get(f"{cluster.dashboard_url}/api/v0/actors?{wanted}", timeout_s=30).json()
     return [int(one["pid"]) for one in answer["data"]["result"]["result"] if class_name in one["class_name"]]
 
 
@@ -175,7 +176,7 @@ def wait_running(cluster: LocalCluster, replicas: int, timeout_s: float = 120) -
     while time.monotonic() < deadline_s:
         with suppress(httpx.HTTPError, KeyError):
             place = f"{cluster.dashboard_url}/api/serve/applications/"
-            found = httpx.get(place, timeout=30, trust_env=False).json()["applications"]["recommender"]
+            found = get(place, timeout_s=30).json()["applications"]["recommender"]
             states = [one["state"] for one in found["deployments"]["FusedReplica"]["replicas"]]
             if states == ["RUNNING"] * replicas:
                 return

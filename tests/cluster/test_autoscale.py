@@ -14,6 +14,7 @@ import pytest
 from elasticrec.artifact.registry import Registry
 from elasticrec.cli.local_cluster import LocalCluster, LocalClusterConfig, LocalNode, local_cluster
 from elasticrec.cli.service import deploy
+from elasticrec.cli.web import get
 from elasticrec.errors import ConfigError
 from elasticrec.serving.placement import require_one_host
 from tests.cluster.test_rollout import registry, under_load
@@ -38,7 +39,7 @@ def gateway(cluster: LocalCluster) -> Iterator[LocalNode]:
 
 def places(cluster: LocalCluster) -> list[str]:
     """Of each replica that runs, the node."""
-    answer = httpx.get(f"{cluster.dashboard_url}/api/serve/applications/", headers=cluster.headers, trust_env=False)
+    answer = get(f"{cluster.dashboard_url}/api/serve/applications/", headers=cluster.headers)
     found = answer.json()["applications"]["recommender"]["deployments"]["FusedReplica"]["replicas"]
     return [replica["node_id"] for replica in found if replica["state"] == "RUNNING"]
 

@@ -24,7 +24,7 @@ from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
 
 N_ITEMS = 40
-PAUSE_S = 0.01  # between two requests of a connection: a load that leaves the cluster something of two cores
+PAUSE_S = 0.05  # between two requests of a connection: a load that leaves the cluster something of two cores
 
 
 @pytest.fixture

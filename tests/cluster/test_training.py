@@ -1,5 +1,6 @@
 """Elastic training on real nodes: workers, nodes, drivers and checkpoints are lost, samples are not."""
 
+import contextlib
 import json
 import os
 import signal
@@ -19,18 +20,30 @@ import yaml
 from elasticrec.artifact.bundle import verify_bundle
 from elasticrec.cli.local_cluster import LocalCluster, LocalClusterConfig, LocalNode, local_cluster
 from elasticrec.config import load, to_mapping
-from elasticrec.data.plan import Plan
+from elasticrec.data.plan import Plan, PlanConfig
 from elasticrec.data.sequences import Sequences, Store, open_store, write_store
 from elasticrec.data.split import split
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import NetworkConfig
-from elasticrec.training.host import LocalHost
+from elasticrec.model.own import ALLOWED, OwnBlockConfig
+from elasticrec.training.host import LocalHost, Preempted
 from elasticrec.training.journal import STARTS, STEPS, read
 from elasticrec.training.loop import Loop
 from elasticrec.training.run import CheckpointConfig, ElasticConfig, RunConfig, ValidationConfig
 
 pytestmark = pytest.mark.timeout(1200)
-N_USERS, N_ITEMS = 400, 300
+N_USERS, N_ITEMS, STEPS_PER_EPOCH = 100, 300, 3
+NAP_S = 0.05  # of each step, so that a test knows how long a training takes at least
+
+
+@pytest.fixture(scope="module", autouse=True)
+def napping() -> Iterator[None]:
+    """Blocks of napping_block.py may be used here, by the command and by workers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ALLOWED, "napping_block")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        patch.syspath_prepend(Path(__file__).parent)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +80,22 @@ def cluster() -> Iterator[LocalCluster]:
 
 def run_config(data: Path, storage: Path, name: str, epochs: int) -> RunConfig:
     """Without dropout, so that the curve does not depend on how a step was cut; a checkpoint every other second."""
-    encoder = EncoderConfig(width=32, blocks=1, max_length=40, dropout=0.0)
+    encoder = EncoderConfig(width=32, blocks=1, max_length=40, dropout=0.0, block=napping_for(NAP_S))
     return RunConfig(
         name=name,
         data=data,
         storage=storage,
         epochs=epochs,
         network=NetworkConfig(encoder=encoder),
+        plan=PlanConfig(batch_users=32),
         validation=ValidationConfig(every_epochs=20, patience=1000),
         checkpoint=CheckpointConfig(interval_s=2.0),
         elastic=ElasticConfig(resize_check_s=3.0),
     )
+
+
+def napping_for(seconds: float) -> OwnBlockConfig:
+    return OwnBlockConfig(target="napping_block:Napping", options=json.dumps({"seconds": seconds}))
 
 
 class Training:
@@ -144,28 +162,49 @@ def assert_every_sample_once(training: Training, store: Store) -> None:
     run = training.run
     plan = Plan(run.plan, store.sequences, split(run.split, store.sequences), run.network.encoder.max_length)
     lines = training.steps()
-    assert [line["step"] for line in lines] == list(range(run.epochs * plan.steps_per_epoch))
+    assert plan.steps_per_epoch == STEPS_PER_EPOCH
+    assert [line["step"] for line in lines] == list(range(len(lines)))
     for line in lines:
         users = plan.users(line["step"])
         keys = [(user + 1) * 2654435761 % 2**32 for user in users.tolist()]
         assert (line["samples"], line["sample_key"]) == (len(users), sum(keys))
-    samples = sum(line["samples"] for line in lines)
-    assert samples == run.epochs * plan.samples_per_epoch
+
+
+def assert_whole(training: Training) -> None:
+    """Every step of every epoch, and a bundle."""
+    assert len(training.steps()) == training.run.epochs * STEPS_PER_EPOCH
+    verify_bundle(training.run.folder / "bundle")
+
+
+class Until(LocalHost):
+    """Gives notice at a meeting, and so ends a run in order."""
+
+    meetings_left = 0
+
+    def leaving(self) -> bool:
+        self.meetings_left -= 1
+        return self.meetings_left < 0
 
 
 def assert_same_curve(training: Training, store: Store, tmp_path: Path) -> None:
-    """Equal to a run of one process that nothing happened to."""
-    run = replace(training.run, storage=tmp_path, name="undisturbed")
+    """Equal to the first steps of a run of one process that nothing happened to, and which never rests."""
+    losses = [line["loss"] for line in training.steps()]
+    encoder = replace(training.run.network.encoder, block=napping_for(0))
+    network = replace(training.run.network, encoder=encoder)
+    run = replace(training.run, storage=tmp_path, name="undisturbed", network=network)
+    host = Until(run.folder)
+    host.meetings_left = len(losses)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    Loop(run, store, LocalHost(run.folder)).train()
+    with contextlib.suppress(Preempted):
+        Loop(run, store, host).train()
     torch.set_num_threads(threads)
     undisturbed = [line["loss"] for line in read(run.folder / STEPS)]
-    np.testing.assert_allclose([line["loss"] for line in training.steps()], undisturbed, rtol=2e-3)
+    np.testing.assert_allclose(losses, undisturbed[: len(losses)], rtol=2e-3)
 
 
 def test_a_killed_worker_costs_no_sample(cluster: LocalCluster, data: Path, tmp_path: Path) -> None:
-    training = Training(run_config(data, tmp_path / "runs", "worker", epochs=240), cluster)
+    training = Training(run_config(data, tmp_path / "runs", "worker", epochs=50), cluster)
     training.wait_for(lambda: len(training.checkpoints()) > 0 and len(training.steps()) > 0)
     before = train_workers(cluster)
     assert len(before) == 2
@@ -176,12 +215,12 @@ def test_a_killed_worker_costs_no_sample(cluster: LocalCluster, data: Path, tmp_
     training.wait_for(lambda: len(train_workers(cluster) - before) == 2)
     training.finish()
     assert_every_sample_once(training, open_store(data))
+    assert_whole(training)
     assert_same_curve(training, open_store(data), tmp_path)
-    verify_bundle(training.run.folder / "bundle")
 
 
 def test_the_same_command_goes_on_whatever_ended_it(cluster: LocalCluster, data: Path, tmp_path: Path) -> None:
-    run = run_config(data, tmp_path / "runs", "driver", epochs=60)
+    run = run_config(data, tmp_path / "runs", "driver", epochs=50)
     given_up = Training(replace(run, elastic=replace(run.elastic, max_failures=0)), cluster)
     given_up.wait_for(lambda: len(given_up.checkpoints()) > 0)
     os.kill(min(train_workers(cluster)), signal.SIGKILL)
@@ -191,31 +230,31 @@ def test_the_same_command_goes_on_whatever_ended_it(cluster: LocalCluster, data:
 
     first = Training(run, cluster)
     begin = first.saved_step()
-    first.wait_for(lambda: first.saved_step() > begin)
+    first.wait_for(lambda: first.saved_step() > begin and len(first.checkpoints()) == 2)
     first.process.kill()
     first.process.wait()
-    assert 0 < first.saved_step() < 60 * 4
-    second = Training(run, cluster)
-    second.finish()
-    assert_every_sample_once(second, open_store(data))
+    assert 0 < first.saved_step() < run.epochs * STEPS_PER_EPOCH
 
     # And with its newest checkpoint torn, the one before it serves.
-    newest = second.checkpoints()[-1] / "state.safetensors"
-    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    third = Training(run, cluster)
-    third.finish()
-    assert_every_sample_once(third, open_store(data))
-    assert third.saved_step() == 60 * 4
+    before, newest = first.checkpoints()[-2:]
+    whole = json.loads((before / "state.json").read_text())["step"]
+    weights = newest / "state.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    second = Training(run, cluster)
+    second.finish()
+    assert second.starts()[-1]["step"] == whole
+    assert_every_sample_once(second, open_store(data))
+    assert_whole(second)
 
     # Another plan under the same name is refused before anything starts.
-    fourth = Training(replace(run, epochs=61), cluster)
-    assert fourth.process.wait(60) == 2
-    assert "give this run another name" in fourth.log()
+    third = Training(replace(run, epochs=run.epochs + 1), cluster)
+    assert third.process.wait(60) == 2
+    assert "give this run another name" in third.log()
 
 
 def test_a_node_that_joins_is_drained_or_dies_costs_no_sample(data: Path, tmp_path: Path) -> None:
     with local_cluster(LocalClusterConfig(num_cpus=1, train_slots=1)) as cluster:
-        training = Training(run_config(data, tmp_path / "runs", "node", epochs=400), cluster)
+        training = Training(run_config(data, tmp_path / "runs", "node", epochs=100_000), cluster)
         training.wait_for(lambda: len(training.steps()) > 0)
         node = cluster.add_node(num_cpus=1, train_slots=1)
         training.wait_for(lambda: training.steps()[-1]["workers"] == 2)
@@ -231,7 +270,10 @@ def test_a_node_that_joins_is_drained_or_dies_costs_no_sample(data: Path, tmp_pa
         written = training.saved_step()
         cluster.remove_node(node)
         training.wait_for(lambda: training.steps()[-1]["workers"] == 1)
-        training.finish()
+        alone = training.steps()[-1]["step"]
+        training.wait_for(lambda: training.steps()[-1]["step"] > alone + 20)
+        training.process.kill()
+        training.process.wait()
     assert training.starts()[-1]["step"] >= written
     assert {line["workers"] for line in training.steps()} == {1, 2}
     assert_every_sample_once(training, open_store(data))

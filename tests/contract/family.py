@@ -130,6 +130,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def fork(world: int, work: Callable[[int], None]) -> None:
     """Runs `work` in so many processes; a killed one may take the others with it, anything else is an error."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     meeting = tempfile.mktemp(prefix="family-")
     children = [os.fork() or _child(rank, world, meeting, work) for rank in range(world)]
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
@@ -154,6 +155,5 @@ def _child(rank: int, world: int, meeting: str, work: Callable[[int], None]) -> 
 
 
 if __name__ == "__main__":
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         {"train": train, "shard": shard}[job["kind"]](job)

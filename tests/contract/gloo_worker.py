@@ -1,23 +1,23 @@
-"""Rank, world and a list of trials in; one worker that does them over gloo without Ray, and what it held at last out.
+"""World and a list of trials in; workers that do them over gloo without Ray, and what each held at last out.
 
-    python tests/contract/gloo_worker.py RANK WORLD TRIALS.json STORE FOLDER
+    python tests/contract/gloo_worker.py WORLD TRIALS.json STORE
 
-Starting torch takes longer than a trial, so the same processes do one trial after the other. They meet at a file in
-FOLDER, so that no port has to be found. Each trial has FOLDER/NAME: journal, checkpoints, and what each worker leaves.
+Starting torch takes longer than a trial, so it is started once, its forks are the workers, and they do one trial after
+the other. A trial's `storage` gets journal, checkpoints, and what each worker leaves.
 """
 
 import dataclasses
+import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from family import fork
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -162,12 +162,8 @@ def _write(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value), encoding="utf-8")
 
 
-def main(rank: int, world: int, trials: Path, store_folder: Path, folder: Path) -> None:
+def work(world: int, trials: Path, store_folder: Path, rank: int) -> None:
     """Does each trial as one of `world` workers."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    meeting = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     store = open_store(store_folder)
     for trial in json.loads(trials.read_text(encoding="utf-8")):
         start_s = time.monotonic()
@@ -186,7 +182,6 @@ def main(rank: int, world: int, trials: Path, store_folder: Path, folder: Path) 
         if rank == 0:
             print(trial["name"], f"{time.monotonic() - start_s:.2f} s", file=sys.stderr)
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def _made(folder: Path) -> Path:
@@ -195,4 +190,5 @@ def _made(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *map(Path, sys.argv[3:6]))
+    world = int(sys.argv[1])
+    fork(world, functools.partial(work, world, Path(sys.argv[2]), Path(sys.argv[3])))

@@ -287,7 +287,7 @@ def folder_of(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Callabl
             if world in claimed.worlds
         ]
         (folder / "trials.json").write_text(json.dumps(trials), encoding="utf-8")
-        problem = start(world, [str(world), str(folder / "trials.json"), str(store.path), str(folder)])
+        problem = start([str(world), str(folder / "trials.json"), str(store.path)])
         return folder, problem
 
     def folder_or_failure(world: int) -> Path:
@@ -298,18 +298,12 @@ def folder_of(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return folder_or_failure
 
 
-def start(world: int, arguments: list[str]) -> str | None:
+def start(arguments: list[str]) -> str | None:
     """What went wrong, which every test of that world tells without starting workers again."""
-    workers = [
-        subprocess.Popen([sys.executable, str(WORKER), str(rank), *arguments], stderr=subprocess.PIPE, text=True)
-        for rank in range(world)
-    ]
-    try:
-        errors = [worker.communicate(timeout=200)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    return "\n".join(errors) if any(worker.returncode for worker in workers) else None
+    done = subprocess.run(
+        [sys.executable, str(WORKER), *arguments], stderr=subprocess.PIPE, text=True, timeout=200, check=False
+    )
+    return done.stderr if done.returncode else None
 
 
 def left(folder: Path, world: int) -> Run:

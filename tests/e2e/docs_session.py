@@ -31,6 +31,7 @@ import yaml
 
 from elasticrec.cli.local_cluster import free_port
 from elasticrec.cli.main import run
+from elasticrec.cli.web import get
 from elasticrec.compression.space import SweepConfig
 from elasticrec.config import from_mapping
 from elasticrec.training.run import RunConfig
@@ -151,7 +152,7 @@ class Session:
 
     def _ready(self) -> bool:
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"http://127.0.0.1:{self._port}/readyz", trust_env=False).status_code == 200
+            return get(f"http://127.0.0.1:{self._port}/readyz").status_code == 200
         return False
 
 

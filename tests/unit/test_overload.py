@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,26 @@ def test_beyond_a_few_batch_requests_the_answer_is_429(events: SqliteEventStore)
             assert (await http.post("/v1/recommend:batch", json=body)).status_code == 200
 
     asyncio.run(scenario())
+
+
+def test_so_many_users_of_a_batch_request_go_through_the_model_together(events: SqliteEventStore) -> None:
+    users, together = [f"u{number}" for number in range(8)], []
+
+    async def scenario() -> None:
+        model = Model()
+        model.gate.set()
+
+        async def recommend(requests: Sequence[Request]) -> list[Recommendation]:
+            together.append([request.user_id for request in requests])
+            return await model.recommend(requests)
+
+        app = create_app(replace(service(model, events, bulk_users=3), recommend=recommend), None)
+        async with client(app) as http:
+            answer = await http.post("/v1/recommend:batch", json={"user_ids": users, "k": 1})
+            assert [result["user_id"] for result in answer.json()["results"]] == users
+
+    asyncio.run(scenario())
+    assert together == [users[:3], users[3:6], users[6:]]
 
 
 def test_a_failure_nobody_foresaw_is_marked_counted_and_told(events: SqliteEventStore) -> None:
