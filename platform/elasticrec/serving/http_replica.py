@@ -10,7 +10,7 @@ from elasticrec.serving.auth import KeyRing
 from elasticrec.serving.events import EventStore
 from elasticrec.serving.gateway import Service, create_app
 from elasticrec.serving.items import ItemStore
-from elasticrec.serving.opening import moves_of, protection_of, watch_of
+from elasticrec.serving.opening import moves_of, protection_of, short_turns, watch_of
 from elasticrec.serving.rollout import Rollout
 from elasticrec.serving.search import SearchConfig
 from elasticrec.serving.versions import Loaded, Versions
@@ -29,6 +29,7 @@ class HttpReplica:
         **of_service: Any,
     ) -> None:
         """`load`: opens a bundle, in a thread. `of_service`: fields of Service that the topology decides."""
+        short_turns()
         watch = watch_of(args.how)
         self._versions = Versions(load, watch)
         service = Service(

@@ -15,7 +15,7 @@ from elasticrec.serving.api.problems import DeadlineError, UnavailableError
 from elasticrec.serving.arguments import Args
 from elasticrec.serving.gpu import device_of, require_healthy
 from elasticrec.serving.meter import Meter
-from elasticrec.serving.opening import checked_scorer, watch_of
+from elasticrec.serving.opening import checked_scorer, short_turns, watch_of
 from elasticrec.serving.question import Candidates, Question
 from elasticrec.serving.rollout import Rollout
 from elasticrec.serving.scorer import Scorer
@@ -28,6 +28,7 @@ class ModelReplica:
     def __init__(self, args: Args) -> None:
         self._device = device_of(args.num_gpus)
         torch.set_num_threads(args.threads)
+        short_turns()
         self._asked: Rollout | None = None
         self._scorers: Shelf[Scorer] = Shelf(
             lambda uri: checked_scorer(open_bundle(uri), args, self._asked is not None)
