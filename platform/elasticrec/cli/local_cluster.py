@@ -234,6 +234,7 @@ def _environment(config: LocalClusterConfig, address: str, dashboard_url: str, t
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
         "RAY_worker_niceness": "0",  # by default 15: replicas would wait for whatever else the machine does
+        "RAY_prestart_worker_first_driver": "0",  # as many processes as CPUs, most of which nobody ever uses
         "RAY_metrics_report_interval_ms": str(round(1e3 * config.metrics_s)),
         "RAY_health_check_period_ms": "1000",  # a killed node counts as dead after 5 refused checks: 5 s, not 15
         "RAY_SERVE_ENABLE_HA_PROXY": str(int(config.haproxy)),

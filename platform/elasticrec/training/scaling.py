@@ -12,6 +12,7 @@ from typing import Any
 import grpc  # type: ignore[import-untyped]
 import ray
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, elastic
 
 from elasticrec.training import notice, spares
@@ -128,6 +129,10 @@ class PromptTrainer(TorchTrainer):  # type: ignore[misc]
         if self.scaling_config.elasticity_enabled:
             arguments["scaling_policy"] = PromptScaling(self.scaling_config, self._first_spares())
         return super()._initialize_and_run_controller(**arguments)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Ray's, but for the one that starts a process in each group for data sets of Ray Data: there are none."""
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
     def _first_spares(self) -> dict[str, int]:
         env, counts = spares.expected_env(), dict[str, int]()
