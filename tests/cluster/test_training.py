@@ -204,7 +204,7 @@ def assert_same_curve(training: Training, store: Store, tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_costs_no_sample(cluster: LocalCluster, data: Path, tmp_path: Path) -> None:
-    training = Training(run_config(data, tmp_path / "runs", "worker", epochs=50), cluster)
+    training = Training(run_config(data, tmp_path / "runs", "worker", epochs=80), cluster)
     training.wait_for(lambda: len(training.checkpoints()) > 0 and len(training.steps()) > 0)
     before = train_workers(cluster)
     assert len(before) == 2

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from elasticrec.training.run import RunConfig
 ray.init(log_to_driver=False)
 fit(from_mapping(RunConfig, json.loads(sys.argv[1])))
 """
+GAP_S = 20
 PATIENCE_S = 150  # it ends as soon as all is there; a busy machine takes its time
 
 
@@ -257,8 +258,20 @@ def test_no_query_and_no_alert_is_empty(
             assert {name: wanted[name] for name in empty} == {}
             assert "ElasticrecAvailabilityBurns" in watched.firing()
             assert "ElasticrecLatencyBurns" not in watched.firing()
-            assert_true_to_life(watched)
+            eventually(assert_true_to_life, watched)
         assert_over(watched)
+
+
+def eventually(check: Callable[[Watched], None], watched: Watched) -> None:
+    """A scrape that comes too late on a busy machine leaves a gap of a second or two, in which nothing is there."""
+    deadline_s = time.monotonic() + GAP_S
+    while True:
+        try:
+            return check(watched)
+        except (AssertionError, IndexError):
+            if time.monotonic() > deadline_s:
+                raise
+        time.sleep(1)
 
 
 def assert_true_to_life(watched: Watched) -> None:

@@ -14,7 +14,7 @@ import httpx
 
 @functools.cache
 def certificates() -> ssl.SSLContext:
-    """Who is trusted, as httpx has it by default."""
+    """Who is trusted: httpx' own list, or SSL_CERT_FILE."""
     return httpx.create_ssl_context()
 
 
