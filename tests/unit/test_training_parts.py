@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.train import ScalingConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from elasticrec.config import from_mapping
 from elasticrec.errors import CheckpointError, ConfigError
@@ -33,6 +35,7 @@ from elasticrec.training.journal import EPOCHS, STEPS, Journal, read
 from elasticrec.training.optimizer import AveragedWeights, OptimizerConfig, learning_rate, make_optimizer
 from elasticrec.training.run import RunConfig
 from elasticrec.training.saver import Saver
+from elasticrec.training.scaling import PromptTrainer
 
 # Who takes which shards, when to save, which epoch is best
 
@@ -529,3 +532,11 @@ def test_a_measured_metric_may_choose_the_epoch() -> None:
 
 def test_everything_of_a_run_lies_under_its_name() -> None:
     assert RunConfig(name="n", storage=Path("s")).folder == Path("s/n")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in Ray's own code
+def test_a_group_starts_nothing_for_data_sets_that_nobody_gives() -> None:
+    trainer = PromptTrainer(lambda: None, scaling_config=ScalingConfig(num_workers=1))
+    callbacks = trainer._create_default_callbacks()
+    assert callbacks
+    assert not [one for one in callbacks if isinstance(one, DatasetsCallback)]
