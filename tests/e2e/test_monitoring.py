@@ -263,7 +263,7 @@ def test_no_query_and_no_alert_is_empty(
 
 
 def eventually(check: Callable[[Watched], None], watched: Watched) -> None:
-    """A scrape that comes too late on a busy machine leaves a gap of a second or two, in which nothing is there."""
+    """Asked once, a busy machine had no series at all that had been there before; a late scrape, it is believed."""
     deadline_s = time.monotonic() + GAP_S
     while True:
         try:
