@@ -1,7 +1,8 @@
 """A training step on a GPU under Ray Train against a bare loop of the same passes without Ray: ms a step, tokens/s.
 
 The bare loop is what one would write: batches made ahead, the captured pass, optimizer, averaged weights; no counts,
-no journal, no checkpoint. Both wait for the device every 32 steps. They take turns. Needs Ray; `--quick` makes it tiny.
+no journal, no checkpoint. Every 32 steps it waits for the device, as the other does but for the two newest steps. They
+take turns. Needs Ray; `--quick` makes it tiny.
 """
 
 import argparse

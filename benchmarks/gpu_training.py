@@ -296,7 +296,7 @@ class Speed:
 
     @classmethod
     def of(cls, lines: list[dict[str, Any]], meet_every: int) -> "Speed":
-        # The first step after a meeting ends when the device has done all before it, so such lines bound whole steps.
+        # The host is as far ahead of the device at each first step after a meeting, so such lines bound whole steps.
         bounds = list(range(WARM_UP * meet_every, len(lines), meet_every))
         stretches = [
             (lines[end]["time"] - lines[begin]["time"], sum(line["tokens"] for line in lines[begin + 1 : end + 1]))

@@ -28,7 +28,11 @@ ANSWER = b'{"items": []}'
 
 @dataclass(kw_only=True)
 class Plan:
-    """`pace_s`: the least time between two requests of one connection; 0 sends the next when an answer is there."""
+    """`pace_s`: each connection sends at moments that lie so far apart, or when an answer is there if it is 0.
+
+    The moments of all connections are spread evenly. One at which an answer is still awaited is left out, so callers
+    whom one stall has stopped do not go on in step with each other.
+    """
 
     port: int
     connections: int
@@ -58,7 +62,8 @@ class Load:
         self.acknowledged: list[tuple[str, str]] = []
         self.sent = 0
         self.written = 0
-        self.from_s = time.perf_counter() + plan.warm_s
+        self.began_s = time.perf_counter()
+        self.from_s = self.began_s + plan.warm_s
         self.until_s = self.from_s + plan.seconds
 
     def request(self, path: str, body: str) -> bytes:
@@ -80,8 +85,9 @@ class Load:
 class Connection(asyncio.Protocol):
     """Sends the next request when the answer to the last one is whole."""
 
-    def __init__(self, load: Load, done: "asyncio.Future[None]") -> None:
+    def __init__(self, load: Load, done: "asyncio.Future[None]", number: int) -> None:
         self._load, self._done = load, done
+        self._turn_s = load.began_s + load.plan.pace_s * number / load.plan.connections  # the next moment to send at
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._request: bytes | None = None
@@ -96,7 +102,7 @@ class Connection(asyncio.Protocol):
         if self._request is not None:
             self._transport.write(self._request)
         elif self._pause is None:  # a server may close a connection that rests
-            self._next()
+            self._next_in_turn()
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -123,11 +129,16 @@ class Connection(asyncio.Protocol):
             load.acknowledged.append(self._event)
         self._request, self._event, self._again = None, None, False
         self._buffer.clear()
-        wait_s = self._began_s + load.plan.pace_s - now_s
-        if wait_s > 0:
-            self._pause = asyncio.get_running_loop().call_later(wait_s, self._next)
-        else:
+        self._next_in_turn()
+
+    def _next_in_turn(self) -> None:
+        pace_s, now_s = self._load.plan.pace_s, time.perf_counter()
+        if pace_s == 0:
             self._next()
+            return
+        while self._turn_s < now_s:
+            self._turn_s += pace_s
+        self._pause = asyncio.get_running_loop().call_later(self._turn_s - now_s, self._next)
 
     def _next(self) -> None:
         self._pause = None
@@ -174,7 +185,7 @@ async def run(plan: Plan) -> dict[str, Any]:
     load = Load(plan)
     loop = asyncio.get_running_loop()
     done = [loop.create_future() for _ in range(plan.connections)]
-    connections = [Connection(load, future) for future in done]
+    connections = [Connection(load, future, number) for number, future in enumerate(done)]
     await asyncio.gather(*(connection.connect() for connection in connections))
     _, hanging = await asyncio.wait(done, timeout=plan.warm_s + plan.seconds + HANG_S)
     load.failures += ["no answer for 30 s"] * len(hanging)

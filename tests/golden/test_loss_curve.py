@@ -298,6 +298,33 @@ def test_a_notice_costs_no_step(undisturbed: Loop, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, undisturbed.state()[name]) for name, tensor in resumed.state().items())
 
 
+@pytest.mark.parametrize(
+    ("meet_every", "every_epochs", "ahead"), [(3, 1, 2), (3, 2, 1), (4, 5, 2), (5, 3, 2), (7, 5, 1)]
+)
+def test_who_listens_to_a_meeting_later_keeps_the_same(
+    undisturbed: Loop, tmp_path: Path, meet_every: int, every_epochs: int, ahead: int
+) -> None:
+    """As on a GPU, which has the next steps to compute meanwhile: saved in the midst of them, given notice, resumed."""
+    run = dataclasses.replace(
+        undisturbed.run, sync=AllReduce(meet_every=meet_every), validation=ValidationConfig(every_epochs=every_epochs)
+    )
+    prompt = train(dataclasses.replace(run, storage=tmp_path / "prompt"), undisturbed.store)
+    late_run = dataclasses.replace(run, storage=tmp_path / "late")
+    rarely = dataclasses.replace(late_run, checkpoint=CheckpointConfig(interval_s=1000))
+    left = Loop(rarely, undisturbed.store, LeavingHost(late_run.folder, at=1))
+    left._ahead = ahead
+    with pytest.raises(Preempted):
+        left.train()
+    assert left.step == min(meet_every + ahead, STEPS_PER_EPOCH * every_epochs)
+    late = Loop(late_run, undisturbed.store, LocalHost(late_run.folder))
+    late._ahead = ahead
+    late.train()
+    assert curve(late_run) == curve(prompt.run)
+    assert read(late_run.folder / EPOCHS) == read(prompt.run.folder / EPOCHS)
+    assert (late.best, late.history, late.running) == (prompt.best, prompt.history, prompt.running)
+    assert_same_state(late, prompt)
+
+
 if __name__ == "__main__":
     import tempfile
 

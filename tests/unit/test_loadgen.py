@@ -5,8 +5,10 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ def load(port: int, **others: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def server(statuses: list[int | None], *, hang_up: bool = False) -> Iterator[int]:
+def server(
+    statuses: list[int | None], *, hang_up: bool = False, came: Callable[[], None] = lambda: None
+) -> Iterator[int]:
     """Answers each request by the next status, the last one for ever; none ends the connection instead, `hang_up` each
-    connection after its answer."""
+    connection after its answer. `came` is called at each request, one at a time."""
     listener = socket.create_server(("127.0.0.1", 0))
     lock = threading.Lock()
 
@@ -32,6 +36,7 @@ def server(statuses: list[int | None], *, hang_up: bool = False) -> Iterator[int
         with connection:
             while connection.recv(65_536):
                 with lock:
+                    came()
                     status = statuses.pop(0) if len(statuses) > 1 else statuses[0]
                 if status is None:
                     return
@@ -91,3 +96,22 @@ def test_a_connection_that_ends_while_it_rests_doubles_nothing() -> None:
         found = load(port, connections=1, seconds=1.0, pace_s=0.05, writes=True)
     assert 10 <= found["requests"] <= 21
     assert len(found["acknowledged"]) == found["requests"] // 10
+
+
+def test_a_paced_load_is_even_again_after_a_stall() -> None:
+    """Ten callers that each send every 0.2 s: one each 20 ms, before and after a stall of half a second."""
+    times_s: list[float] = []
+
+    def came() -> None:
+        times_s.append(time.monotonic())
+        if len(times_s) == 30:
+            time.sleep(0.5)
+
+    with server([200], came=came) as port:
+        load(port, connections=10, seconds=2.5, pace_s=0.2)
+    stalled_s = times_s[29]
+    for begin_s, end_s in ((times_s[0], stalled_s), (stalled_s + 0.8, times_s[0] + 2.4)):
+        of_each = [time_s for time_s in times_s if begin_s <= time_s <= end_s]
+        assert len(of_each) > 20
+        # Callers in step with each other would send ten at once and then none for 200 ms.
+        assert max(later - earlier for earlier, later in pairwise(of_each)) < 0.15

@@ -31,11 +31,10 @@ def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Late:
-    """A mark of a device that is behind: recorded in order, 10 ms apart, and read only once it was waited for."""
+    """A mark of a device that is behind: recorded in order, 10 ms apart, and come when the test says so."""
 
     order = count()
-    waits = 0
-    done = -1  # the last moment that is known to have come
+    done = -1  # the last moment that has come
 
     def __init__(self) -> None:
         self.place = -1
@@ -43,9 +42,8 @@ class Late:
     def record(self) -> None:
         self.place = next(Late.order)
 
-    def synchronize(self) -> None:
-        Late.waits += 1
-        Late.done = max(Late.done, self.place)
+    def query(self) -> bool:
+        return self.place <= Late.done
 
     def elapsed_time(self, end_event: "Late") -> float:
         assert 0 <= self.place < end_event.place <= Late.done, "read before it has come"
@@ -62,18 +60,27 @@ def test_the_host_counts_what_a_pass_takes_and_not_what_lies_between() -> None:
     assert watch.take().seconds() == 0
 
 
-def test_a_device_is_waited_for_when_a_step_is_read_and_not_before() -> None:
-    Late.waits, Late.done, Late.order = 0, -1, count()
+def test_a_step_has_ended_when_its_last_pass_has() -> None:
+    Late.done, Late.order = -1, count()
     module = Busy()
     watch = ForwardStopwatch(module, Late)
     steps = []
-    for passes in (2, 1, 0, 3):
+    for passes in (2, 1, 0, 3):  # moments 0 to 3, 4 and 5, none, 6 to 11
         for _ in range(passes):
             module(0.0)
         steps.append(watch.take())
-    assert Late.waits == 0
+    ended = []
+    for Late.done in (-1, 2, 3, 4, 10, 11):
+        ended.append([laps.have_ended() for laps in steps])
+    assert ended == [
+        [False, False, True, False],
+        [False, False, True, False],
+        [True, False, True, False],
+        [True, False, True, False],
+        [True, True, True, False],
+        [True, True, True, True],
+    ]
     assert [laps.seconds() for laps in steps] == pytest.approx([0.02, 0.01, 0.0, 0.03])
-    assert Late.waits == 3  # one for each step that had a pass
 
 
 def test_a_pass_that_failed_is_not_counted() -> None:
@@ -92,8 +99,12 @@ def test_a_gpu_counts_what_it_computes_and_not_the_launch() -> None:
     watch = ForwardStopwatch(module, mark_of(device))
     x_MD = torch.randn(1 << 16, 4096, device=device)
     for _ in range(2):  # the first one loads kernels
-        watch.take().seconds()
+        watch.take()
         start_s = time.monotonic()
         module(x_MD)
         launched_s = time.monotonic() - start_s
-    assert watch.take().seconds() > 3 * launched_s
+    laps = watch.take()
+    assert not laps.have_ended()
+    torch.cuda.synchronize()
+    assert laps.have_ended()
+    assert laps.seconds() > 3 * launched_s

@@ -4,14 +4,15 @@
 """
 
 import contextlib
+import itertools
 import math
 import statistics
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,27 +39,31 @@ from elasticrec.training.step_table import new_network, step_table
 from elasticrec.training.stopwatch import ForwardStopwatch, Laps, mark_of
 from elasticrec.training.sync.exact import Exact
 from elasticrec.training.sync.protocol import Link, Synchroniser, Tokens
-from elasticrec.training.tally import Share, Tally, meet, sample_key
+from elasticrec.training.tally import Meeting, Share, sample_key
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+STEPS_AHEAD = 2  # that a GPU is given before its host listens to a meeting, so that it does not wait meanwhile
 MakeLoss = Callable[[Network, AnyLoss], SummedLoss]
 
 
 @dataclass(slots=True)
-class _Pending:
-    """Steps that workers have taken and not yet told each other of."""
+class _Untold:
+    """Steps that workers have taken and not yet begun to tell each other of."""
 
     losses: list[Tensor] = field(default_factory=list)
     shares: list[Share] = field(default_factory=list)
-    laps: list[Laps] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
 
-    def timed_shares(self) -> list[Share]:
-        """A GPU is waited for, as it is in a meeting anyway."""
-        return [replace(share, forward_s=laps.seconds()) for share, laps in zip(self.shares, self.laps, strict=True)]
+
+class _UnderWay(NamedTuple):
+    """A meeting that nobody has listened to yet, and the steps that it is about."""
+
+    meeting: Meeting
+    lines: list[dict[str, Any]]
+    listen_at: int  # the step
 
 
 class Loop:
@@ -108,6 +113,10 @@ class Loop:
         self._averaged_at = 0  # step at which all workers had the same averaged weights
         self._link_state: dict[str, Tensor] = {}
         self._sent_bytes = 0  # before this worker started
+        self._untold = _Untold()
+        self._under_way: _UnderWay | None = None
+        self._laps: list[Laps] = []  # of steps that the split has not been measured by
+        self._ahead = min(STEPS_AHEAD, self.sync.meet_every - 1) if host.device.type == "cuda" else 0
         self._snapshot, self._saver = Snapshot(), Saver(run.checkpoint.background)
         self._resume()
 
@@ -126,14 +135,12 @@ class Loop:
         with self._journal() as journal, self.feed, self.sync.attach(self.loss, self.optimizer) as attached:
             link = compute.capture(self.run.compute, attached, self.loss, self.host.world)
             link.load_state(self._link_state)
-            pending = _Pending()
             while self.step < self.total_steps and self.best.stale < self.run.validation.patience:
-                self._train_step(link, pending)
-                if not self._is_meeting():
-                    continue
-                save, leave = self._meet(pending, journal, self._is_save_due(last_save_s))
-                pending = _Pending()
-                if self.step % self.plan.steps_per_epoch == 0:
+                self._train_step(link)
+                save, leave = self._meet(journal, self._is_save_due(last_save_s), now=self._is_validation())
+                if save or leave:
+                    leave |= self._meet(journal, now=True)[1]
+                if self._is_all_told and self.step % self.plan.steps_per_epoch == 0:
                     self._end_epoch(link, journal)
                 if save or leave:
                     self._save(link, journal)
@@ -156,13 +163,17 @@ class Loop:
         return self._balance.shards(rank)
 
     def _is_meeting(self) -> bool:
-        return self.step % self.sync.meet_every == 0 or self._is_validation()
+        return self.step % self.sync.meet_every == 0
+
+    @property
+    def _is_all_told(self) -> bool:
+        return self._under_way is None and not self._untold.lines
 
     def _is_validation(self) -> bool:
         epoch, within = divmod(self.step, self.plan.steps_per_epoch)
         return within == 0 and (epoch % self.run.validation.every_epochs == 0 or epoch == self.run.epochs)
 
-    def _train_step(self, link: Link, pending: _Pending) -> None:
+    def _train_step(self, link: Link) -> None:
         start_s = time.monotonic()
         rate = self._rate(self.step)
         for group in self.optimizer.param_groups:
@@ -171,10 +182,10 @@ class Loop:
             loss, share = self._accumulate(link)
             link.step()
         self.averaged.update(self.network, self.step)
-        pending.losses.append(loss)
-        pending.shares.append(share)
-        pending.laps.append(self._forward.take())
-        pending.lines.append(
+        self._laps.append(self._forward.take())
+        self._untold.losses.append(loss)
+        self._untold.shares.append(share)
+        self._untold.lines.append(
             {
                 "step": self.step,
                 "epoch": self.step // self.plan.steps_per_epoch,
@@ -212,32 +223,54 @@ class Loop:
             return [piece for piece in pieces if len(piece.users_B)]
         return self.feed.take(self.step, [Cut(self.host.rank, mine)])
 
-    def _meet(self, pending: _Pending, journal: "Journal | _NoJournal", due: bool) -> tuple[bool, bool]:
+    def _meet(self, journal: "Journal | _NoJournal", due: bool = False, *, now: bool) -> tuple[bool, bool]:
         """All workers tell what they did, which is checked against the plan and written down.
 
         Returns whether to save, and whether to leave. Whatever one worker wishes, all of them do.
+
+        Args:
+            due: whether this worker wishes to save.
+            now: whether all steps so far are told and listened to, or what it is time for.
         """
+        save, leave = self._listen(journal, now)
+        if self._untold.lines and (now or self._is_meeting()):
+            self._tell_others(due)
+            later = self._listen(journal, now)
+            save, leave = save or later[0], leave or later[1]
+        return save, leave
+
+    def _tell_others(self, due: bool) -> None:
         wishes = [due, self.host.leaving(), self._saver.failure is not None]
-        tallies, (save, leave, failed) = meet(pending.losses, pending.timed_shares(), wishes, self.host.device)
-        for tally, line in zip(tallies, pending.lines, strict=True):
+        untold, self._untold = self._untold, _Untold()
+        meeting = Meeting(untold.losses, untold.shares, wishes, self._forward_s(), self.host.device)
+        self._under_way = _UnderWay(meeting, untold.lines, self.step + self._ahead)
+
+    def _forward_s(self) -> float:
+        """Seconds of the forward passes of a step that have ended since this was asked last, or 0; the median."""
+        ended = list(itertools.takewhile(Laps.have_ended, self._laps))
+        self._laps = self._laps[len(ended) :]
+        return statistics.median(laps.seconds() for laps in ended) if ended else 0.0
+
+    def _listen(self, journal: "Journal | _NoJournal", now: bool) -> tuple[bool, bool]:
+        """Whether to save and whether to leave, by a meeting that it is time to listen to."""
+        if self._under_way is None or not (now or self.step >= self._under_way.listen_at):
+            return False, False
+        (meeting, lines, _), self._under_way = self._under_way, None
+        tallies, (save, leave, failed), forward_s_W = meeting.listen()
+        for tally, line in zip(tallies, lines, strict=True):
             if not math.isfinite(tally.loss):
                 raise TrainingError(self._divergence(line["step"]))
             assert tally.tokens == self.plan.tokens(line["step"]), "workers did not cover a step's tokens exactly once"
-            journal.step(_told(tally) | line)
+            journal.step(asdict(tally) | line)
             self.running = (self.running[0] + tally.loss * tally.tokens, self.running[1] + tally.tokens)
             if (line["step"] + 1) % self.plan.steps_per_epoch == 0 and line["step"] + 1 < self.step:
                 self._tell(self._epoch_line(line["step"]), journal)
         journal.flush()
         if failed:
             self._flush()
-        self._rebalance(tallies)
+        if self.run.elastic.balance and self.host.world > 1:  # every worker comes to the same split
+            self._balance = self._balance.after(forward_s_W)
         return save, leave
-
-    def _rebalance(self, tallies: list[Tally]) -> None:
-        """Every worker comes to the same split, since each knows the times of all."""
-        if self.run.elastic.balance and self.host.world > 1:
-            by_worker = zip(*(tally.forward_s for tally in tallies), strict=True)
-            self._balance = self._balance.after([statistics.median(times) for times in by_worker])
 
     def _divergence(self, step: int) -> str:
         users = self.plan.users(step)[:10].tolist()
@@ -401,10 +434,6 @@ class _NoJournal:
     def epoch(self, line: dict[str, Any]) -> None: ...
 
     def flush(self) -> None: ...
-
-
-def _told(tally: Tally) -> dict[str, Any]:
-    return {key: value for key, value in asdict(tally).items() if key != "forward_s"}
 
 
 def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

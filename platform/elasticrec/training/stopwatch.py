@@ -15,8 +15,8 @@ class Mark(Protocol):
         """It is now, or on a GPU when all that was launched before is done."""
         ...
 
-    def synchronize(self) -> None:
-        """Waits until the moment has come."""
+    def query(self) -> bool:
+        """Whether the moment has come."""
         ...
 
     def elapsed_time(self, end_event: Any) -> float:
@@ -33,15 +33,16 @@ class HostMark:
     def record(self) -> None:
         self._at_s = time.perf_counter()
 
-    def synchronize(self) -> None:
+    def query(self) -> bool:
         """It has come."""
+        return True
 
     def elapsed_time(self, end_event: "HostMark") -> float:
         return 1e3 * (end_event._at_s - self._at_s)
 
 
 class Laps:
-    """Forward passes of a step. On a GPU they may still be under way, so nobody asks before workers meet anyway."""
+    """Forward passes of a step. On a GPU they may still be under way, and nobody waits for them."""
 
     def __init__(self) -> None:
         self._marks: list[tuple[Mark, Mark]] = []
@@ -50,10 +51,12 @@ class Laps:
         """One more forward pass."""
         self._marks.append((begin, end))
 
+    def have_ended(self) -> bool:
+        """Whether the last pass has."""
+        return not self._marks or self._marks[-1][1].query()
+
     def seconds(self) -> float:
-        """Of all passes together; waits for the last one."""
-        if self._marks:
-            self._marks[-1][1].synchronize()
+        """Of all passes together, which must have ended."""
         return sum(begin.elapsed_time(end) for begin, end in self._marks) / 1e3
 
 

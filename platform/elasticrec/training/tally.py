@@ -1,9 +1,10 @@
 """What each worker really did in the steps since the last meeting in; what all of them did, step by step, out.
 
-# S steps since the last meeting, W workers, F fields
+# S steps since the last meeting, W workers, F fields, X numbers of one worker
 """
 
 from dataclasses import astuple, dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ class Share:
     tokens: int
     samples: int
     sample_key: int  # sum of a hash of each user that was trained on: tells a repeated from a skipped sample
-    forward_s: float = 0.0  # of the forward passes, which wait for nobody; known when workers meet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,6 @@ class Tally:
     tokens: int
     samples: int
     sample_key: int
-    forward_s: tuple[float, ...]  # by rank
 
 
 def sample_key(users_B: Int64) -> int:
@@ -39,25 +38,45 @@ def sample_key(users_B: Int64) -> int:
     return int(((users_B.astype(np.uint64) + np.uint64(1)) * np.uint64(2654435761) % np.uint64(2**32)).sum())
 
 
-def meet(
-    losses: list[Tensor], shares: list[Share], wishes: list[bool], device: torch.device
-) -> tuple[list[Tally], list[bool]]:
-    """Tallies of the steps since the last meeting, and for each wish whether any worker has it. A collective.
+class Told(NamedTuple):
+    """What every worker knows after a meeting."""
 
-    Args:
-        losses: this worker's summed loss of each step, a scalar each.
-        shares: the rest of its part of each step.
-    """
-    loss_S1 = torch.stack(losses).double().view(-1, 1)
-    share_SF = torch.tensor([astuple(share) for share in shares], dtype=torch.float64, device=device)
-    mine = torch.cat([loss_S1, share_SF], dim=1).flatten()
-    packed = torch.cat([mine, torch.tensor(wishes, dtype=torch.float64, device=device)])
-    told_WX = _gather(packed).cpu()
-    told_WSF = told_WX[:, : len(mine)].view(len(told_WX), len(shares), 1 + len(fields(Share)))
-    wished = (told_WX[:, len(mine) :] > 0).any(dim=0).tolist()
-    forward_SW = told_WSF[:, :, -1].t().tolist()
-    totals = zip(told_WSF.sum(dim=0).tolist(), forward_SW, strict=True)
-    return [_tally(total_F, forward_W) for total_F, forward_W in totals], wished
+    tallies: list[Tally]  # step by step
+    wishes: list[bool]  # for each, whether any worker has it
+    forward_s_W: list[float]
+
+
+class Meeting:
+    """Workers tell each other of the steps since the last meeting. A GPU is waited for by whoever listens, not here."""
+
+    def __init__(
+        self, losses: list[Tensor], shares: list[Share], wishes: list[bool], forward_s: float, device: torch.device
+    ) -> None:
+        """A collective.
+
+        Args:
+            losses: this worker's summed loss of each step, a scalar each.
+            shares: the rest of its part of each step.
+            forward_s: the seconds of its forward passes in a step; 0 where it cannot tell.
+        """
+        self._steps, on_gpu = len(losses), device.type == "cuda"
+        own = [*(number for share in shares for number in astuple(share)), *map(float, wishes), forward_s]
+        own_X = torch.tensor(own, dtype=torch.float64, pin_memory=on_gpu).to(device, non_blocking=True)
+        self._told_WX = _gather(torch.cat([torch.stack(losses).double(), own_X])).to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if on_gpu else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def listen(self) -> Told:
+        """Waits until what was told has arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        ends = np.cumsum([self._steps, self._steps * len(fields(Share))])
+        loss_WS, share_WSF, rest_WX = np.split(self._told_WX.numpy(), ends, axis=1)
+        share_SF = share_WSF.reshape(len(share_WSF), self._steps, -1).sum(axis=0)
+        tallies = [_tally(*total) for total in zip(loss_WS.sum(axis=0).tolist(), share_SF.tolist(), strict=True)]
+        wishes = (rest_WX[:, :-1].max(axis=0) > 0).tolist()
+        return Told(tallies, wishes, rest_WX[:, -1].tolist())
 
 
 def _gather(packed: Tensor) -> Tensor:
@@ -68,12 +87,6 @@ def _gather(packed: Tensor) -> Tensor:
     return torch.stack(everyone)
 
 
-def _tally(total_F: list[float], forward_W: list[float]) -> Tally:
-    loss, tokens, samples, key, _ = total_F
-    return Tally(
-        loss=loss / tokens,
-        tokens=int(tokens),
-        samples=int(samples),
-        sample_key=int(key),
-        forward_s=tuple(forward_W),
-    )
+def _tally(loss: float, share_F: list[float]) -> Tally:
+    tokens, samples, key = map(int, share_F)
+    return Tally(loss=loss / tokens, tokens=tokens, samples=samples, sample_key=key)
