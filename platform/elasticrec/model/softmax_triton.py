@@ -19,9 +19,13 @@ def softmax_gradient(logits_mI: Tensor, target_m1: Tensor, products: torch.dtype
     grad_mI = torch.empty(tokens, items, dtype=products, device=logits_mI.device)
     loss_m = torch.empty(tokens, device=logits_mI.device)
     block = triton.next_power_of_2(items)
-    warps = min(32, max(4, block // 1024))
-    _row[(tokens,)](logits_mI, target_m1, grad_mI, loss_m, items, BLOCK=block, num_warps=warps)
+    _row[(tokens,)](logits_mI, target_m1, grad_mI, loss_m, items, BLOCK=block, num_warps=warps_of(block))
     return loss_m.double().sum(), grad_mI
+
+
+def warps_of(block: int) -> int:
+    """The fastest of 8, 16 and 32 for 4,096, 32,768 and 65,536 items on an H100; 32 spill registers at the last."""
+    return 16 if block > 32_768 else min(32, max(8, block // 512))
 
 
 @triton.jit
@@ -29,13 +33,13 @@ def _row(logits, target, grad, loss, n_items, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     item_I = tl.arange(0, BLOCK)
     answer = tl.load(target + token)
-    logit_I = tl.load(logits + token * n_items + item_I, mask=item_I < n_items, other=float("-inf"))
+    row = logits + token * n_items
+    picked = tl.load(row + tl.maximum(answer, 0))
+    logit_I = tl.load(row + item_I, mask=item_I < n_items, other=float("-inf"))
     peak = tl.max(logit_I, 0)
     power_I = tl.exp(logit_I - peak)
     total = tl.sum(power_I, 0)
-    hit_I = item_I == answer
-    picked = tl.sum(tl.where(hit_I, logit_I, 0.0), 0)
     is_answer = answer >= 0  # a row of padding has no loss and no gradient
-    grad_I = tl.where(is_answer, power_I / total - tl.where(hit_I, 1.0, 0.0), 0.0)
+    grad_I = power_I * tl.where(is_answer, 1.0 / total, 0.0) - tl.where(item_I == answer, 1.0, 0.0)
     tl.store(grad + token * n_items + item_I, grad_I.to(grad.dtype.element_ty), mask=item_I < n_items)
     tl.store(loss + token, tl.where(is_answer, tl.log(total) + peak - picked, 0.0))
