@@ -1,7 +1,10 @@
 """Versions of a service: who is answered by which, how replicas move to another, and which bundles they refuse."""
 
 import asyncio
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +22,14 @@ from elasticrec.errors import BundleError, ConfigError
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.model.tables import TABLES, Precision
+from elasticrec.serving.between import batches_of
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.history import Request
 from elasticrec.serving.labels import rollout_of
 from elasticrec.serving.postprocess import Chosen, Recommendation
+from elasticrec.serving.question import Candidates, Question
 from elasticrec.serving.rollout import Rollout, settled, staged
-from elasticrec.serving.scorer import Question, Scorer
+from elasticrec.serving.scorer import Scorer
 from elasticrec.serving.selfcheck import BundleRefusedError, SelfCheck, check
 from elasticrec.serving.versions import Loaded, Versions
 
@@ -134,6 +139,42 @@ def test_a_bundle_that_answers_as_published_is_taken_and_another_refused(registr
     check(one, one.network(), Scorer(one.network()), None)  # nothing else could answer
     with pytest.raises(ConfigError, match="must be above 0"):
         SelfCheck(max_latency_ms=0)
+
+
+def test_a_version_is_asked_between_batches_by_the_thread_that_answers(registry: Registry) -> None:
+    one, threads = open_bundle(registry.resolve("films", "1")), []
+
+    class Noting(Scorer):
+        def score(self, question: Question) -> Candidates:
+            threads.append(threading.current_thread().name)
+            return super().score(question)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="model") as thread:
+        check(one, one.network(), Noting(one.network()), SelfCheck(questions=4, attempts=2), batches_of(thread))
+    assert threads == ["model_0"] * (1 + 4 * 2)
+
+
+def test_between_two_pieces_batches_go_that_come_a_little_later() -> None:
+    done: list[str] = []
+    with ThreadPoolExecutor(1) as thread:
+        between = batches_of(thread)
+        later = threading.Timer(0.1, lambda: thread.submit(done.append, "a batch"))
+
+        def piece() -> str:
+            later.start()
+            time.sleep(0.08)
+            done.append("a piece")
+            return "given"
+
+        assert between(piece) == "given"
+        between(lambda: done.append("the next piece"))
+        with pytest.raises(BundleRefusedError, match="as it was raised"):
+            between(lambda: fail("as it was raised"))
+    assert done == ["a piece", "a batch", "the next piece"]
+
+
+def fail(why: str) -> None:
+    raise BundleRefusedError(why)
 
 
 @pytest.mark.parametrize("precision", TABLES)

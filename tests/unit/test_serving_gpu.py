@@ -87,7 +87,7 @@ def test_sizes_of_batches() -> None:
 def test_fixed_shapes_change_no_query(kind: str, columns: int) -> None:
     network, fixed, past = network_of(kind), network_of(kind), past_of(5, columns)
     fix_shapes(fixed)
-    staging = Staging(fixed.config.encoder.inputs, 8, LENGTH, torch.device("cpu"))
+    staging = Staging.of(fixed.config.encoder.inputs, 8, LENGTH, torch.device("cpu"))
     staging.fill(past_of(8, LENGTH, seed=1))  # what another batch left
     staging.fill(past)
     with torch.inference_mode():
@@ -115,7 +115,7 @@ def encode_elsewhere(network: Network) -> None:
                 for name, tensor in held.items():
                     if tensor is not None:
                         held[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")  # type: ignore[assignment]
-        staging = Staging(network.config.encoder.inputs, 4, LENGTH, torch.device("meta"))
+        staging = Staging.of(network.config.encoder.inputs, 4, LENGTH, torch.device("meta"))
         with torch.no_grad():
             query_BD = network.head.query(network.newest(staging.history))
             score_BI = query_BD @ network.encoder.items.rows().t()
@@ -129,8 +129,9 @@ def test_any_batch_goes_through_the_next_larger_recording(monkeypatch: pytest.Mo
     network, replayed = network_of("all inputs"), []
     fix_shapes(network)
 
-    def record(self: RecordedQueries, rows: int) -> SimpleNamespace:
-        staging, query_BD = Staging(self._inputs, rows, LENGTH, torch.device("cpu")), torch.zeros(rows, WIDTH)
+    def record(self: RecordedQueries, staging: Staging, *_: object) -> SimpleNamespace:
+        rows = len(staging.history.item_BT)
+        query_BD = torch.zeros(rows, WIDTH)
 
         def replay() -> None:
             replayed.append(rows)

@@ -27,7 +27,7 @@ class FusedReplica(HttpReplica):
 
         def load(uri: str) -> Loaded:
             bundle = open_bundle(uri)
-            scorer = checked_scorer(bundle, args, self._versions.answers)
+            scorer = checked_scorer(bundle, args, self._versions.answers, thread)
             model = Recommender(bundle, events, scorer, items, args.how)
             recommend = in_thread(model.recommend, thread)
             return Loaded(model=model, recommend=recommend, reference=answers_when_measured(bundle))

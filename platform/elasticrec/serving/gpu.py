@@ -3,8 +3,8 @@
 A lone request costs a GPU microseconds and its host milliseconds: the encoder's seventy kernels are launched one by
 one. So its pass is recorded as a CUDA graph for batches of 1, 2, 4, … rows, and a batch takes the next larger one.
 
-Everything here happens on a stream of its own in the thread that loads, so that a version which answers meanwhile
-neither waits for copies nor breaks the recording.
+Everything here happens on a stream of its own, so that a version which answers meanwhile neither waits for copies nor
+breaks the recording.
 
 # B rows of a batch, T positions, D width
 """
@@ -12,8 +12,9 @@ neither waits for copies nor breaks the recording.
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -31,9 +32,10 @@ from elasticrec.model.sasrec import SASRecBlock
 from elasticrec.model.sparse import Sparse24Linear
 from elasticrec.model.topk import GroupedTopK, Keys
 from elasticrec.model.topk_sharded import ShardedTopK
+from elasticrec.serving.between import Between, at_once
 
 GROUPED_FROM: Final = 200_000  # items; below, the product of all is as quick and exact by itself
-_WARM_UP: Final = 3  # passes before a recording: handles, workspaces, plans of kernels
+_WARM_UP: Final = 3  # passes before the first recording: handles, workspaces, plans of kernels
 _LEAST_WIDTH: Final = 16  # of the kernels' products
 _LOGGER = logging.getLogger("ray.serve")
 
@@ -80,18 +82,23 @@ def loading(device: torch.device) -> Iterator[None]:
     stream.synchronize()
 
 
-def move(network: Network, device: torch.device, most_rows: int, gpus: int = 1) -> Resident | None:
+def move(
+    network: Network, device: torch.device, most_rows: int, gpus: int = 1, between: Between = at_once
+) -> Resident | None:
     """Moves a network, in place; call it inside `loading`. None on the CPU, where nothing changes.
 
     Args:
         most_rows: of a batch; larger ones are taken in pieces.
         gpus: over so many, the first ones, the keys of a large catalogue are spread; the network is on `device` alone.
+        between: does the passes that are recorded.
     """
     if device.type != "cuda":
         return None
     network.to(device)
     fix_shapes(network)
-    return Resident(queries=_recorded(network, most_rows), top=_grouped(network, most_rows, gpus))
+    resident = Resident(queries=_recorded(network, most_rows, between), top=_grouped(network, most_rows, gpus))
+    torch.cuda.current_stream().synchronize()  # whoever asks it next does so on another stream
+    return resident
 
 
 def fix_shapes(network: Network) -> None:
@@ -113,11 +120,15 @@ def sizes(most: int) -> list[int]:
 class RecordedQueries:
     """Histories in, query vectors out, by one replay. One call at a time; what it gives is valid until the next."""
 
-    def __init__(self, network: Network, most_rows: int) -> None:
-        self._network, self._inputs = network, network.config.encoder.inputs
-        self._pool = torch.cuda.graph_pool_handle()
-        self._recordings = {rows: self._record(rows) for rows in reversed(sizes(most_rows))}  # the largest fills it
-        self._most = max(self._recordings)
+    def __init__(self, network: Network, most_rows: int, between: Between = at_once) -> None:
+        """Records on the current stream. `between`: does each pass, in whatever thread."""
+        self._network, encoder = network, network.config.encoder
+        self._stream, self._pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+        largest, *smaller = reversed(sizes(most_rows))
+        self._most, places = largest, Staging.of(encoder.inputs, largest, encoder.max_length, network.device)
+        self._recordings = {largest: self._record(places, _WARM_UP, between)}  # it fills the pool
+        for rows in smaller:
+            self._recordings[rows] = self._record(places.first(rows), 1, between)
 
     def of(self, past: Past) -> Tensor:
         """float32 (B, D) on the GPU."""
@@ -135,19 +146,27 @@ class RecordedQueries:
         torch.cuda.current_stream().synchronize()  # the next one writes to the same places
         return query_BD
 
+    def _record(self, staging: "Staging", warm_up: int, between: Between) -> "_Recording":
+        for _ in range(warm_up):
+            between(partial(self._warm_up, staging))
+        return between(partial(self._captured, staging))
+
     @torch.inference_mode()
-    def _record(self, rows: int) -> "_Recording":
-        staging = Staging(self._inputs, rows, self._network.config.encoder.max_length, self._network.device)
-        for _ in range(_WARM_UP):
+    def _warm_up(self, staging: "Staging") -> None:
+        with torch.cuda.stream(self._stream):
             self._pass(staging.history)
-        torch.cuda.current_stream().synchronize()
+
+    @torch.inference_mode()
+    def _captured(self, staging: "Staging") -> "_Recording":
+        self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Not `torch.cuda.graph`: it stops the whole device, and other threads may not allocate while it records.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            query_BD = self._pass(staging.history)
-        finally:
-            graph.capture_end()
+        with torch.cuda.stream(self._stream):
+            # Not `torch.cuda.graph`: it stops the whole device, and other threads may not allocate while it records.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                query_BD = self._pass(staging.history)
+            finally:
+                graph.capture_end()
         return _Recording(staging=staging, graph=graph, query_BD=query_BD)
 
     def _pass(self, history: History) -> Tensor:
@@ -155,10 +174,16 @@ class RecordedQueries:
         return query_BD
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Staging:
-    """The places that a recorded pass reads, and pinned memory before them."""
+    """The places that a recorded pass reads, (B, T) each, and pinned memory before them."""
 
-    def __init__(self, inputs: Inputs, rows: int, columns: int, device: torch.device) -> None:
+    host: Mapping[str, Tensor]
+    device: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, inputs: Inputs, rows: int, columns: int, device: torch.device) -> "Staging":
+        """Zeros."""
         pinned = device.type == "cuda"
         kinds = {
             "item_BT": (True, torch.int32),
@@ -167,24 +192,32 @@ class Staging:
             "rating_BT": (inputs.ratings, torch.float32),
             "event_BT": (inputs.events, torch.int16),
         }
-        self._host = {
+        host = {
             name: torch.zeros(rows, columns, dtype=dtype, pin_memory=pinned)
             for name, (read, dtype) in kinds.items()
             if read
         }
-        self._device = {name: torch.zeros(rows, columns, dtype=part.dtype, device=device)
-                        for name, part in self._host.items()}  # fmt: skip
-        self.history = History(**self._device)
+        on_device = {name: torch.zeros(rows, columns, dtype=part.dtype, device=device) for name, part in host.items()}
+        return cls(host=host, device=on_device)
+
+    def first(self, rows: int) -> "Staging":
+        """The first rows of the same places."""
+        host, device = ({name: part[:rows] for name, part in parts.items()} for parts in (self.host, self.device))
+        return Staging(host=host, device=device)
+
+    @property
+    def history(self) -> History:
+        return History(**self.device)
 
     def fill(self, past: Past) -> None:
         """Puts histories into the first rows, right-aligned; the rows behind them keep what they had."""
         rows, length = past.item_BT.shape
-        for name, host_BT in self._host.items():
+        for name, host_BT in self.host.items():
             given_BT = getattr(past, name)
             assert given_BT is not None, f"the network reads {name}"
             host_BT[:rows, : host_BT.shape[1] - length] = 0
             host_BT[:rows, host_BT.shape[1] - length :] = torch.from_numpy(np.ascontiguousarray(given_BT))
-            self._device[name].copy_(host_BT, non_blocking=True)
+            self.device[name].copy_(host_BT, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,14 +259,14 @@ def to_host(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return copies
 
 
-def _recorded(network: Network, most_rows: int) -> RecordedQueries | None:
+def _recorded(network: Network, most_rows: int, between: Between) -> RecordedQueries | None:
     blocks = network.encoder.blocks if isinstance(network.encoder, Encoder) else ()
     if not all(isinstance(block, Block | HSTUBlock | SASRecBlock) for block in blocks):
         return None  # a block of somebody else may look at its data, which no recording can
     if any(isinstance(layer, Sparse24Linear) for layer in network.modules()):
         return None  # a graph of these has answered otherwise than its kernels on an H100
     try:
-        return RecordedQueries(network, most_rows)
+        return RecordedQueries(network, most_rows, between)
     except RuntimeError as error:
         _LOGGER.warning("the encoder is not recorded, its kernels are launched one by one: %s", error)
         return None

@@ -30,10 +30,10 @@ class ModelReplica:
         torch.set_num_threads(args.threads)
         short_turns()
         self._asked: Rollout | None = None
-        self._scorers: Shelf[Scorer] = Shelf(
-            lambda uri: checked_scorer(open_bundle(uri), args, self._asked is not None)
-        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._scorers: Shelf[Scorer] = Shelf(
+            lambda uri: checked_scorer(open_bundle(uri), args, self._asked is not None, self._thread)
+        )
         self._batches = 0
         self._meter = Meter(waiting=lambda: max(0, self._batches - 1) * args.max_batch)
         watch_of(args.how).ledger.level(WAITING, self._meter.waiting)

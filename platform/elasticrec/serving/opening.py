@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from concurrent.futures import Executor
 from typing import Final
 
 import ray
@@ -16,6 +17,7 @@ from elasticrec.monitoring.instruments import export
 from elasticrec.serving.arguments import Args
 from elasticrec.serving.audit import Audit
 from elasticrec.serving.auth import KeyRing, require_loopback
+from elasticrec.serving.between import at_once, batches_of
 from elasticrec.serving.events import EventStore, SeedConfig, seed_from
 from elasticrec.serving.gpu import device_of, loading, move
 from elasticrec.serving.guard import Protection
@@ -77,14 +79,20 @@ def protection_of(args: Args) -> Protection:
     return Protection(max_in_flight=args.max_ongoing_requests, timeout_ms=args.timeout_ms, rate=rate, audit=audit)
 
 
-def checked_scorer(bundle: Bundle, args: Args, others_answer: bool) -> Scorer:
-    """The stages beside the bundle's network; raises BundleError for one that must not answer."""
+def checked_scorer(bundle: Bundle, args: Args, others_answer: bool, thread: Executor) -> Scorer:
+    """The stages beside the bundle's network; raises BundleError for one that must not answer.
+
+    `thread`: runs the batches of others that answer meanwhile.
+    """
     network, device = bundle.network(), device_of(args.num_gpus)
     limits = SelfCheck(max_latency_ms=args.max_latency_ms) if others_answer else None
+    between = batches_of(thread) if others_answer else at_once
+    most_rows = max(args.max_batch, args.bulk_users)
     with loading(device):
-        resident = move(network, device, max(args.max_batch, args.bulk_users), max(1, int(args.num_gpus)))
+        resident = move(network, device, most_rows, max(1, int(args.num_gpus)), between)
         # As the network answers by itself: a prior or a stage of somebody else may well change the answers.
-        check(bundle, network, Scorer(network, ModelSetup(network=network, resident=resident)), limits)
+        alone = Scorer(network, ModelSetup(network=network, resident=resident))
+        check(bundle, network, alone, limits, between)
         return make_scorer(bundle, args.how, network, resident)
 
 

@@ -5,6 +5,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -13,6 +14,7 @@ from elasticrec.artifact.bundle import Bundle
 from elasticrec.artifact.golden import BEST, Golden, differences, golden_answers, past_of
 from elasticrec.errors import BundleError, ConfigError
 from elasticrec.model.network import Network
+from elasticrec.serving.between import Between, at_once
 from elasticrec.serving.question import Question
 from elasticrec.serving.scorer import Scorer
 
@@ -39,19 +41,24 @@ class SelfCheck:
             raise ConfigError(f"max_latency_ms is {self.max_latency_ms}; it must be above 0")
 
 
-def check(bundle: Bundle, network: Network, scorer: Scorer, limits: SelfCheck | None) -> None:
+def check(
+    bundle: Bundle, network: Network, scorer: Scorer, limits: SelfCheck | None, between: Between = at_once
+) -> None:
     """Asks a bundle's golden questions, and how long one takes. Checksums were compared when it was opened.
 
-    `limits`: none where no other version could answer instead, since a slow answer is better than none.
+    Args:
+        limits: none where no other version could answer instead, since a slow answer is better than none.
+        between: does each question.
 
     Raises:
         BundleRefusedError: an answer is another one, is not finite, or takes too long.
     """
     golden = bundle.golden()
-    _check_answers(bundle, scorer, network, golden)
+    _check_answers(bundle, scorer, network, golden, between)
     if limits is None:
         return
-    latency_ms = _latency_ms(scorer, network, golden or golden_answers(network), limits)
+    longest = max((list(answer.history) for answer in golden or golden_answers(network)), key=len)
+    latency_ms = _latency_ms(scorer, _question([longest], network), limits, between)
     if latency_ms > limits.max_latency_ms:
         raise BundleRefusedError(
             f"'{bundle.uri}' is refused: one answer takes {latency_ms:.1f} ms, {limits.max_latency_ms:g} are allowed; "
@@ -59,27 +66,28 @@ def check(bundle: Bundle, network: Network, scorer: Scorer, limits: SelfCheck | 
         )
 
 
-def _check_answers(bundle: Bundle, scorer: Scorer, network: Network, golden: list[Golden] | None) -> None:
+def _check_answers(
+    bundle: Bundle, scorer: Scorer, network: Network, golden: list[Golden] | None, between: Between
+) -> None:
     expected = golden_answers(network) if golden is None else golden  # without: that the stages agree with the network
     histories = [list(answer.history) for answer in expected]
     if max(map(max, histories)) > network.n_items:
         raise BundleRefusedError(f"'{bundle.uri}' is refused: its golden answers are of a larger catalogue")
-    candidates = scorer.score(_question(histories, network))
+    candidates = between(partial(scorer.score, _question(histories, network)))
     if found := differences(expected, candidates.item_BK, candidates.score_BK):
         raise BundleRefusedError(f"'{bundle.uri}' is refused: {found}; publish it again and look why it differs")
 
 
-def _latency_ms(scorer: Scorer, network: Network, golden: list[Golden], limits: SelfCheck) -> float:
-    question = _question([max((list(answer.history) for answer in golden), key=len)], network)
-    rounds_ms = []
-    for _ in range(limits.attempts):
-        times_ms = []
-        for _ in range(limits.questions):
-            started_s = time.perf_counter()
-            scorer.score(question)
-            times_ms.append(1e3 * (time.perf_counter() - started_s))
-        rounds_ms.append(float(np.median(times_ms)))
-    return min(rounds_ms)
+def _latency_ms(scorer: Scorer, question: Question, limits: SelfCheck, between: Between) -> float:
+    ask = partial(_took_ms, scorer, question)
+    rounds_ms = [[between(ask) for _ in range(limits.questions)] for _ in range(limits.attempts)]
+    return min(float(np.median(times_ms)) for times_ms in rounds_ms)
+
+
+def _took_ms(scorer: Scorer, question: Question) -> float:
+    started_s = time.perf_counter()
+    scorer.score(question)
+    return 1e3 * (time.perf_counter() - started_s)
 
 
 def _question(histories: list[list[int]], network: Network) -> Question:
