@@ -36,7 +36,7 @@ import torch
 
 from benchmarks.loadgen import Plan
 from benchmarks.result import Check, keep
-from benchmarks.scene import NAME, Scene, load, make_scene, pids_of, registry_command, wait_running
+from benchmarks.scene import NAME, Scene, load, make_scene, pids_of, promotion, wait_running
 from elasticrec.artifact.bundle import open_bundle, write_bundle
 from elasticrec.cli.local_cluster import LocalCluster, LocalClusterConfig, free_port, local_cluster
 from elasticrec.cli.service import deploy
@@ -73,12 +73,13 @@ class Size:
     paced: int = 32  # connections while something happens
     pace_s: float = 0.05
     kill_s: float = 22.0  # of load around it
-    swap_s: float = 12.0
+    swap_s: float = 9.0
+    swaps: int = 3
     catalogue: int = 1_000_000
 
 
 QUICK = Size(replicas=(1,), gateways=1, connections=(1, 8), seconds=1.0, warm_s=0.5, generators=1, hops=30,
-             bulk_replicas=1, bulk_users=200, together=(32,), paced=4, pace_s=0.1, kill_s=20.0, swap_s=14.0,
+             bulk_replicas=1, bulk_users=200, together=(32,), paced=4, pace_s=0.1, kill_s=20.0, swap_s=14.0, swaps=2,
              catalogue=20_000)  # fmt: skip
 
 
@@ -323,16 +324,9 @@ def faults(bench: Bench) -> None:
     with bench.serving(2):
         wait_running(bench.cluster, 2)
         quiet = disturbed(bench, "quiet", lambda: None, 8.0)
-
-        def promote() -> None:
-            done = registry_command(bench.cluster, bench.scene, "promote", "--version", "2")
-            assert done.returncode == 0, done.stdout + done.stderr
-
-        swapped = disturbed(bench, "hot swap", promote, size.swap_s)
         usual_ms = statistics.median(quiet["p99_ms_by_second"])
-        worst = max(swapped["p99_ms_by_second"]) / usual_ms
+        worst = max(swapped(bench, version) for version in range(2, 2 + size.swaps)) / usual_ms
         bench.check("hot swap: p99 of the worst second, against a usual second", worst, SPIKE, "times", worst <= SPIKE)
-        _none_failed(bench, "hot swap", swapped)
 
         def kill() -> None:
             os.kill(pids_of(bench.cluster, "FusedReplica")[0], signal.SIGKILL)
@@ -340,6 +334,17 @@ def faults(bench: Bench) -> None:
             wait_running(bench.cluster, 2)
 
         _none_failed(bench, "replica SIGKILL", disturbed(bench, "replica SIGKILL", kill, size.kill_s))
+
+
+def swapped(bench: Bench, version: int) -> float:
+    """The p99 of the worst second of a swap to a version that no replica holds."""
+    scene = bench.scene
+    if version > len(scene.registry.versions(NAME)):
+        scene.registry.publish(str(scene.folder / f"bundle-{2 - version % 2}"), NAME)
+    with promotion(bench.cluster, scene, str(version)) as promote:
+        found = disturbed(bench, "hot swap", promote, bench.size.swap_s)
+    _none_failed(bench, "hot swap", found)
+    return float(max(found["p99_ms_by_second"]))
 
 
 def _none_failed(bench: Bench, what: str, found: dict[str, Any]) -> None:

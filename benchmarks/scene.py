@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -195,3 +195,24 @@ def registry_command(cluster: LocalCluster, scene: Scene, *words: str) -> subpro
     command = [sys.executable, "-m", "elasticrec.cli", "registry", words[0], "--name", NAME]
     command += ["--root", scene.registry.root.uri, *words[1:]]
     return subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=300, check=False)
+
+
+@contextmanager
+def promotion(cluster: LocalCluster, scene: Scene, version: str) -> Iterator[Callable[[], None]]:
+    """What promotes a version, by a process that has started and imported already: that is not what a swap costs."""
+    imports = "import sys, ray.serve, torch; from elasticrec.cli import main, registry, rollout"
+    code = f"{imports}; print(flush=True); sys.stdin.readline(); main.main()"
+    words = ["registry", "promote", "--name", NAME, "--root", scene.registry.root.uri, "--version", version]
+    command = [sys.executable, "-c", code, *words]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=cluster.env, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+
+        def promote() -> None:
+            told, _ = process.communicate("go\n", timeout=300)
+            assert process.returncode == 0, told
+
+        yield promote
