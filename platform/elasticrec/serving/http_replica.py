@@ -1,10 +1,12 @@
 """A way to load a version in; a replica that speaks HTTP and moves from version to version out."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp
 
+from elasticrec.serving.accepting import accept_all
 from elasticrec.serving.arguments import Args
 from elasticrec.serving.auth import KeyRing
 from elasticrec.serving.events import EventStore
@@ -30,6 +32,7 @@ class HttpReplica:
     ) -> None:
         """`load`: opens a bundle, in a thread. `of_service`: fields of Service that the topology decides."""
         short_turns()
+        accept_all(asyncio.get_running_loop())  # Ray makes the server on it, later
         watch = watch_of(args.how)
         self._versions = Versions(load, watch)
         service = Service(
