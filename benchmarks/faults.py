@@ -176,7 +176,8 @@ def overload(site: Site, seconds: float) -> dict[str, Any]:
     can_per_s = load(site.plan("capacity", 3, connections=64, pace_s=0, writes=False, warm_s=2))["per_s"]
     connections = 8 * IN_FLIGHT
     found = load(site.plan("overload", seconds, connections=connections, pace_s=connections / (3 * can_per_s)))
-    return _row(site, "overload at 3x", [found], seconds) | {"offered per s": 3 * can_per_s}
+    offered = {"offered per s": 3 * can_per_s, "sent per s": found["sent"] / seconds}
+    return _row(site, "overload at 3x", [found], seconds) | offered
 
 
 def soak(site: Site, seconds: float) -> tuple[dict[str, Any], float]:

@@ -1,8 +1,8 @@
 """A training step on a GPU under Ray Train against a bare loop of the same passes without Ray: ms a step, tokens/s.
 
 The bare loop is what one would write: batches made ahead, the captured pass, optimizer, averaged weights; no counts,
-no journal, no checkpoint. Every 32 steps it waits for the device, as the other does but for the two newest steps. They
-take turns. Needs Ray; `--quick` makes it tiny.
+no journal, no checkpoint. Every 32 steps both wait for what the device was given two steps before. They take turns.
+Needs Ray; `--quick` makes it tiny.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from elasticrec.model.network import Network
 from elasticrec.training import compute
 from elasticrec.training.feed import Cut, Feed
 from elasticrec.training.journal import STEPS, read
+from elasticrec.training.loop import STEPS_AHEAD
 from elasticrec.training.optimizer import AveragedWeights, learning_rate, make_optimizer
 from elasticrec.training.run import ElasticConfig, RunConfig
 from elasticrec.training.sync.all_reduce import AllReduce
@@ -95,16 +96,20 @@ def bare(run: RunConfig, store: Store, device: str) -> list[dict[str, Any]]:
     feed = Feed(plan, compute.shapes(run.compute, place), plan.steps_per_epoch)
     with feed, run.sync.attach(loss, optimizer) as attached:
         link = compute.capture(run.compute, attached, loss, 1)
+        done: torch.cuda.Event | None = None
         for step in range(plan.steps_per_epoch):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(run.optimizer, step, plan.steps_per_epoch)
             (piece,) = feed.take(step, cuts)
-            told = link.accumulate(piece.batch, Tokens(step=piece.tokens, worker=piece.tokens), last=True)
+            link.accumulate(piece.batch, Tokens(step=piece.tokens, worker=piece.tokens), last=True)
             link.step()
             averaged.update(network, step)
             lines.append({"tokens": piece.tokens, "time": time.time()})
-            if (step + 1) % run.sync.meet_every == 0:
-                told.item()
+            if (step + 1) % run.sync.meet_every == 0 and place.type == "cuda":
+                done = torch.cuda.Event()
+                done.record()
+            if done is not None and (step + 1) % run.sync.meet_every == STEPS_AHEAD:
+                done.synchronize()
     return lines
 
 

@@ -61,6 +61,7 @@ class Load:
         self.retried = 0
         self.acknowledged: list[tuple[str, str]] = []
         self.sent = 0
+        self.left_out = 0  # moments at which an answer was still awaited
         self.written = 0
         self.began_s = time.perf_counter()
         self.from_s = self.began_s + plan.warm_s
@@ -138,6 +139,7 @@ class Connection(asyncio.Protocol):
             return
         while self._turn_s < now_s:
             self._turn_s += pace_s
+            self._load.left_out += now_s < self._load.until_s
         self._pause = asyncio.get_running_loop().call_later(self._turn_s - now_s, self._next)
 
     def _next(self) -> None:
@@ -151,6 +153,7 @@ class Connection(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             return  # connection_lost makes another one
         self._request, self._event = self._load.next()
+        self._turn_s += self._load.plan.pace_s  # here and not later: a timer may fire a little early
         self._began_s = time.perf_counter()
         self._transport.write(self._request)
 
@@ -196,7 +199,7 @@ async def run(plan: Plan) -> dict[str, Any]:
         "p99_ms": float(p99), "p999_ms": float(p999), "max_ms": float(latency_ms.max()),
         "statuses": {str(status): count for status, count in sorted(load.statuses.items())},
         "degraded": load.degraded, "failed": len(load.failures), "failures": load.failures[:5],
-        "retried": load.retried, "acknowledged": load.acknowledged,
+        "retried": load.retried, "sent": load.sent, "left_out": load.left_out, "acknowledged": load.acknowledged,
         "p99_ms_by_second": _by_second(load.answered_s, load.latency_ms),
     }  # fmt: skip
 

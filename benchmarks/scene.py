@@ -199,7 +199,10 @@ def registry_command(cluster: LocalCluster, scene: Scene, *words: str) -> subpro
 
 @contextmanager
 def promotion(cluster: LocalCluster, scene: Scene, version: str) -> Iterator[Callable[[], None]]:
-    """What promotes a version, by a process that has started and imported already: that is not what a swap costs."""
+    """What promotes a version, by a process that has started and imported already, as an operator's on another host.
+
+    The console's move starts such a process beside the replicas; what that costs is not in here.
+    """
     imports = "import sys, ray.serve, torch; from elasticrec.cli import main, registry, rollout"
     code = f"{imports}; print(flush=True); sys.stdin.readline(); main.main()"
     words = ["registry", "promote", "--name", NAME, "--root", scene.registry.root.uri, "--version", version]

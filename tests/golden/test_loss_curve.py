@@ -24,11 +24,13 @@ from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import NetworkConfig
 from elasticrec.training.checkpoint import STATE, TENSORS, read_tensors
 from elasticrec.training.driver import check_checkpoints
+from elasticrec.training.elastic import Balance
 from elasticrec.training.host import LocalHost, Preempted
 from elasticrec.training.journal import EPOCHS, STARTS, STEPS, read
 from elasticrec.training.loop import Loop
 from elasticrec.training.optimizer import OptimizerConfig
 from elasticrec.training.run import CheckpointConfig, RunConfig, ValidationConfig
+from elasticrec.training.stopwatch import Laps
 from elasticrec.training.sync.all_reduce import AllReduce
 
 GOLDEN = Path(__file__).with_suffix(".json")
@@ -323,6 +325,17 @@ def test_who_listens_to_a_meeting_later_keeps_the_same(
     assert read(late_run.folder / EPOCHS) == read(prompt.run.folder / EPOCHS)
     assert (late.best, late.history, late.running) == (prompt.best, prompt.history, prompt.running)
     assert_same_state(late, prompt)
+
+
+def test_a_new_split_is_not_measured_by_steps_of_the_one_before(store: Store, tmp_path: Path) -> None:
+    """A GPU has not ended them yet when it is told of the new one, and they would be divided by its counts."""
+    loop = Loop(config(tmp_path, 0.0), store, LocalHost(tmp_path / "run"))
+    loop._balance = Balance((2, 2))
+    loop._laps = [Laps(), Laps()]
+    loop._rebalance([1.0, 1.0])
+    assert (loop._balance.split_W, len(loop._laps)) == ((2, 2), 2)
+    loop._rebalance([1.0, 9.0])
+    assert (loop._balance.split_W, len(loop._laps)) == ((3, 1), 0)
 
 
 if __name__ == "__main__":

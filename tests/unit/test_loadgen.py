@@ -108,7 +108,10 @@ def test_a_paced_load_is_even_again_after_a_stall() -> None:
             time.sleep(0.5)
 
     with server([200], came=came) as port:
-        load(port, connections=10, seconds=2.5, pace_s=0.2)
+        found = load(port, connections=10, seconds=2.5, pace_s=0.2)
+    assert found["sent"] == len(times_s)
+    assert 10 <= found["left_out"] <= 35  # two or three of each caller, as the answers come when the stall is over
+    assert 120 <= found["sent"] + found["left_out"] <= 126
     stalled_s = times_s[29]
     for begin_s, end_s in ((times_s[0], stalled_s), (stalled_s + 0.8, times_s[0] + 2.4)):
         of_each = [time_s for time_s in times_s if begin_s <= time_s <= end_s]

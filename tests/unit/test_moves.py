@@ -39,6 +39,8 @@ def films(tmp_path: Path) -> Moves:
         {"action": "promote", "version": "--root=/etc"},
         {"action": "promote", "version": "1", "reason": "--label=x"},
         {"action": "publish", "version": "1"},
+        {"action": "promote", "version": "1", "leaving": "2"},
+        {"action": "rollback", "leaving": "--root=/etc"},
     ],
 )
 def test_a_wish_that_fits_no_command_is_refused(wish: dict[str, object]) -> None:
@@ -54,6 +56,8 @@ def test_a_wish_becomes_the_command_that_an_operator_would_type(films: Moves) ->
     promoted = words(action="promote", version="2", reason="better")
     assert promoted == f"registry promote {common} --version 2 --label production --reason better"
     assert words(action="rollback") == f"registry rollback {common} --label production --reason console"
+    leaving = words(action="rollback", leaving="2")
+    assert leaving == f"registry rollback {common} --leaving 2 --label production --reason console"
     canary = words(action="canary", version="2", percent=2.5)
     assert canary == f"registry canary {common} --version 2 --percent 2.5 --reason console"
 

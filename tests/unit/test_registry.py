@@ -268,3 +268,18 @@ def test_a_share_is_never_promoted_in_place_of_production(
     assert registry.labels("films") == {label: "2"}
     promote("films", "3", root)
     assert registry.labels("films")["production"] == "3"
+
+
+def test_a_rollback_that_names_what_it_leaves_goes_back_once(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HAProxy may send a wish again whose replica died."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    root = registry.root.uri
+    for version in ("1", "2", "3"):
+        registry.set_label("films", "production", version)
+    rollback("films", root, leaving="3")
+    assert registry.labels("films") == {"production": "2"}
+    with pytest.raises(ConfigError, match="'production' of 'films' is at version 2, not 3: somebody moved it before"):
+        rollback("films", root, leaving="3")
+    assert registry.labels("films") == {"production": "2"}

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from elasticrec.errors import BundleError, ConfigError
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.model.tables import TABLES, Precision
-from elasticrec.serving.between import batches_of
+from elasticrec.serving.between import BatchesOf
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.history import Request
 from elasticrec.serving.labels import rollout_of
@@ -150,19 +151,46 @@ def test_a_version_is_asked_between_batches_by_the_thread_that_answers(registry:
             return super().score(question)
 
     with ThreadPoolExecutor(1, thread_name_prefix="model") as thread:
-        check(one, one.network(), Noting(one.network()), SelfCheck(questions=4, attempts=2), batches_of(thread))
-    assert threads == ["model_0"] * (1 + 4 * 2)
+        check(one, one.network(), Noting(one.network()), SelfCheck(questions=4, attempts=2), BatchesOf(thread))
+    assert threads == ["MainThread"] + ["model_0"] * 4 * 2
+
+
+def test_a_version_that_is_slow_is_asked_beside_the_batches() -> None:
+    threads = []
+
+    def piece(seconds: float) -> None:
+        threads.append(threading.current_thread().name)
+        time.sleep(seconds)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="model") as thread:
+        between = BatchesOf(thread)
+        for seconds in (0.06, 0.06, 0.001, 0.06, 0.001, 0.001):
+            between(partial(piece, seconds))
+    assert threads == ["MainThread"] * 3 + ["model_0"] + ["MainThread"] + ["model_0"]
+
+
+def test_a_piece_does_not_wait_for_ever_for_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elasticrec.serving.between.PATIENCE_S", 0.05)
+    gate, threads = threading.Event(), []
+    with ThreadPoolExecutor(1, thread_name_prefix="model") as thread:
+        between = BatchesOf(thread)
+        between(lambda: None)
+        thread.submit(gate.wait)  # thousands of users
+        between(lambda: threads.append(threading.current_thread().name))
+        gate.set()
+    assert threads == ["MainThread"]
 
 
 def test_between_two_pieces_batches_go_that_come_a_little_later() -> None:
     done: list[str] = []
     with ThreadPoolExecutor(1) as thread:
-        between = batches_of(thread)
-        later = threading.Timer(0.1, lambda: thread.submit(done.append, "a batch"))
+        between = BatchesOf(thread)
+        between(lambda: None)
+        later = threading.Timer(0.07, lambda: thread.submit(done.append, "a batch"))
 
         def piece() -> str:
             later.start()
-            time.sleep(0.08)
+            time.sleep(0.04)
             done.append("a piece")
             return "given"
 

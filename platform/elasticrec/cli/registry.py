@@ -68,7 +68,12 @@ def promote(
 
 
 def rollback(
-    name: str, root: str = DEFAULT_ROOT, label: str = DEFAULT_LABEL, reason: str = "", app: str = NAME
+    name: str,
+    root: str = DEFAULT_ROOT,
+    label: str = DEFAULT_LABEL,
+    reason: str = "",
+    app: str = NAME,
+    leaving: str | None = None,
 ) -> None:
     """Points a label at the version it had before, in the same way.
 
@@ -78,10 +83,14 @@ def rollback(
         label: the label that moves; canary and shadow have commands of their own.
         reason: kept in the label's history.
         app: the application on the cluster of RAY_ADDRESS that is told.
+        leaving: the version that the label is expected to be at; elsewhere nothing moves, so a wish that comes twice is
+            fulfilled once.
     """
     _require_answering(label)
     registry = Registry(root)
     with registry.moving(name, "rollback"):
+        if leaving is not None and (now := registry.version_of(name, label)) != leaving:
+            raise ConfigError(f"'{label}' of '{name}' is at version {now}, not {leaving}: somebody moved it before")
         uri = registry.resolve(name, registry.version_before(name, label))
         _move(
             name,

@@ -43,6 +43,12 @@ class Greedy:
             except OSError:  # none waits, or the listener is closed
                 return
             connection.setblocking(False)
-            task = self._loop.create_task(self._loop.connect_accepted_socket(self._factory, connection))
+            task = self._loop.create_task(self._attach(connection))
             self._attaching.add(task)
             task.add_done_callback(self._attaching.discard)
+
+    async def _attach(self, connection: socket.socket) -> None:
+        if self._listener.fileno() == -1:  # closed meanwhile: whoever ends the server's connections would not know it
+            connection.close()
+        else:
+            await self._loop.connect_accepted_socket(self._factory, connection)

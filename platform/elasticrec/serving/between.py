@@ -3,15 +3,21 @@
 Beside that thread they would slow it down many times over: both take and give the interpreter in each of a pass'
 hundreds of operations. Between batches, a piece makes the next batch wait for as long as it takes by itself; a rest
 after it lets those go that have come meanwhile.
+
+A piece that is long would hold everybody up, and nobody knows before how long one is. So it goes beside unless the one
+before was short: the first one always does, and of a version that is slow, or hangs, all do.
 """
 
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Protocol, TypeVar
+from concurrent.futures import TimeoutError as NotYet
+from typing import Final, Protocol, TypeVar
 
 T = TypeVar("T")
-REST = 3.0  # after a piece, times as long as it took
+REST: Final = 3.0  # after a piece, times as long as it took
+SHORT_S: Final = 0.05
+PATIENCE_S: Final = 1.0  # for its turn; thousands of users may be before it
 
 
 class Between(Protocol):
@@ -25,15 +31,27 @@ def at_once(work: Callable[[], T]) -> T:
     return work()
 
 
-def batches_of(thread: Executor) -> Between:
-    """`thread`: runs the batches, one after the other. Not to be called by itself, which would wait for itself."""
+class BatchesOf:
+    """Of one version that loads, by a thread that is not the one that answers."""
 
-    def between(work: Callable[[], T]) -> T:
-        given, took_s = thread.submit(_timed, work).result()
-        time.sleep(REST * took_s)
+    def __init__(self, thread: Executor) -> None:
+        """`thread`: runs the batches, one after the other."""
+        self._thread = thread
+        self._last_s = float("inf")  # what the piece before took
+
+    def __call__(self, work: Callable[[], T]) -> T:
+        beside = self._last_s > SHORT_S
+        given, self._last_s = _timed(work) if beside else self._in_turn(work)
+        if not beside:
+            time.sleep(REST * self._last_s)
         return given
 
-    return between
+    def _in_turn(self, work: Callable[[], T]) -> tuple[T, float]:
+        piece = self._thread.submit(_timed, work)
+        try:
+            return piece.result(PATIENCE_S)
+        except NotYet:
+            return _timed(work) if piece.cancel() else piece.result()
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:

@@ -65,6 +65,7 @@ class Moves:
         words = [sys.executable, "-m", "elasticrec.cli", "registry", wish.action]
         words += ["--name", self.reference.name, "--root", self.reference.root, "--app", self.app]
         words += [] if wish.version is None else ["--version", wish.version]
+        words += [] if wish.leaving is None else ["--leaving", wish.leaving]
         words += ["--percent", f"{wish.percent:g}"] if wish.percent is not None else ["--label", self.reference.ref]
         return [*words, "--reason", wish.reason]
 

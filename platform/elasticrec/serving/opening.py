@@ -17,7 +17,7 @@ from elasticrec.monitoring.instruments import export
 from elasticrec.serving.arguments import Args
 from elasticrec.serving.audit import Audit
 from elasticrec.serving.auth import KeyRing, require_loopback
-from elasticrec.serving.between import at_once, batches_of
+from elasticrec.serving.between import BatchesOf, Between, at_once
 from elasticrec.serving.events import EventStore, SeedConfig, seed_from
 from elasticrec.serving.gpu import device_of, loading, move
 from elasticrec.serving.guard import Protection
@@ -86,7 +86,7 @@ def checked_scorer(bundle: Bundle, args: Args, others_answer: bool, thread: Exec
     """
     network, device = bundle.network(), device_of(args.num_gpus)
     limits = SelfCheck(max_latency_ms=args.max_latency_ms) if others_answer else None
-    between = batches_of(thread) if others_answer else at_once
+    between: Between = BatchesOf(thread) if others_answer else at_once
     most_rows = max(args.max_batch, args.bulk_users)
     with loading(device):
         resident = move(network, device, most_rows, max(1, int(args.num_gpus)), between)

@@ -268,9 +268,15 @@ class Loop:
         journal.flush()
         if failed:
             self._flush()
-        if self.run.elastic.balance and self.host.world > 1:  # every worker comes to the same split
-            self._balance = self._balance.after(forward_s_W)
+        if self.run.elastic.balance and self.host.world > 1:
+            self._rebalance(forward_s_W)
         return save, leave
+
+    def _rebalance(self, forward_s_W: list[float]) -> None:
+        """Every worker comes to the same split, since each knows the times of all."""
+        before, self._balance = self._balance, self._balance.after(forward_s_W)
+        if self._balance.split_W != before.split_W:
+            self._laps.clear()  # of steps by the split before, some of which a GPU may not have ended
 
     def _divergence(self, step: int) -> str:
         users = self.plan.users(step)[:10].tolist()

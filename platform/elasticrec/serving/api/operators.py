@@ -48,8 +48,8 @@ class MoveRequest(BaseModel):
         frozen=True,
         json_schema_extra={
             "oneOf": [
-                wish("promote", version="string", percent="null"),
-                wish("canary", version="string", percent="number"),
+                wish("promote", version="string", percent="null", leaving="null"),
+                wish("canary", version="string", percent="number", leaving="null"),
                 wish("rollback", version="null", percent="null"),
             ]
         },
@@ -58,6 +58,12 @@ class MoveRequest(BaseModel):
     action: Literal["promote", "rollback", "canary"]
     version: str | None = Field(default=None, pattern=VERSION, max_length=64, description="of promote and canary")
     percent: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False, description="of canary")
+    leaving: str | None = Field(
+        default=None,
+        pattern=VERSION,
+        max_length=64,
+        description="of rollback: refused unless production is at it, so that the same wish sent twice moves once",
+    )
     reason: str = Field(default="console", max_length=200, pattern=r"^\w[^\x00-\x1f]*$")
 
     @model_validator(mode="after")
@@ -66,6 +72,8 @@ class MoveRequest(BaseModel):
             raise ValueError("promote and canary need a version, rollback has none")
         if (self.percent is None) == (self.action == "canary"):
             raise ValueError("canary needs percent, the others have none")
+        if self.leaving is not None and self.action != "rollback":
+            raise ValueError("only rollback names the version that it leaves")
         return self
 
 

@@ -278,9 +278,12 @@ function drawSides(answers) {
   at("sides").replaceChildren(...sides);
 }
 
+let production; // as the label was when it was last looked at
+
 async function findVersions() {
   try {
     const { versions, labels } = await call("v1/admin/versions");
+    production = labels.production;
     const labelled = (version) => Object.keys(labels).filter((label) => labels[label] === version).join(", ");
     const options = versions.toReversed().map((version) => {
       const marks = labelled(version);
@@ -295,6 +298,7 @@ async function findVersions() {
 async function move() {
   const action = at("action").value, wish = { action };
   if (action !== "rollback") wish.version = at("target").value;
+  else if (production) wish.leaving = production; // sent twice, it moves once
   if (action === "canary") wish.percent = Number(at("percent").value);
   const what = action === "rollback" ? "roll back" : `${action} version ${wish.version}`;
   if (!confirm(`${what}: all replicas follow. Do it?`)) return;
