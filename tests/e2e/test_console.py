@@ -289,6 +289,15 @@ def test_versions_move_with_an_admin_key_and_not_without(page: Page, served: Ser
     expect(page.locator("#moved")).to_contain_text("version 2; every replica", timeout=40_000)
     with served.client() as client:
         assert client.get("/v1/admin/versions").json()["labels"]["production"] == "2"
+    page.get_by_label("Action").select_option("rollback")
+    page.get_by_role("button", name="Do it").click()
+    expect(page.locator("#moved")).to_contain_text("version 1; every replica", timeout=40_000)
+    with served.client() as client:  # the wish of the page once more, as a proxy may send it
+        again = client.post("/v1/admin/versions", json={"action": "rollback", "leaving": "2"})
+        assert (again.status_code, again.json()["detail"].split(":")[0]) == (
+            409,
+            "'production' of 'films' is at version 1, not 2",
+        )
 
 
 def test_an_earlier_lookup_is_given_up_and_a_later_one_is_shown(page: Page, served: Served) -> None:

@@ -29,9 +29,10 @@ class Moves:
     _running: set[asyncio.Task[str]] = field(default_factory=set)
 
     def versions(self) -> dict[str, Any]:
-        """Name, versions and labels of the model; reads the registry."""
+        """Name, versions and labels of the model, and which label the application follows; reads the registry."""
         registry, name = Registry(self.reference.root), self.reference.name
-        return {"name": name, "versions": registry.versions(name), "labels": registry.labels(name)}
+        known = {"name": name, "versions": registry.versions(name), "labels": registry.labels(name)}
+        return known | {"label": self.reference.ref}
 
     async def make(self, wish: MoveRequest) -> str:
         """The last line that the command said. A move goes on when nobody waits for it any more.

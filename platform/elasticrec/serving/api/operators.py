@@ -37,6 +37,7 @@ class VersionsResponse(BaseModel):
     name: str
     versions: list[str]
     labels: dict[str, str]
+    label: str = Field(description="the one that the application follows: its production")
 
 
 class MoveRequest(BaseModel):

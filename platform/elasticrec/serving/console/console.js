@@ -282,8 +282,8 @@ let production; // as the label was when it was last looked at
 
 async function findVersions() {
   try {
-    const { versions, labels } = await call("v1/admin/versions");
-    production = labels.production;
+    const { versions, labels, label } = await call("v1/admin/versions");
+    production = labels[label];
     const labelled = (version) => Object.keys(labels).filter((label) => labels[label] === version).join(", ");
     const options = versions.toReversed().map((version) => {
       const marks = labelled(version);
@@ -291,6 +291,7 @@ async function findVersions() {
     });
     at("target").replaceChildren(...options);
   } catch {
+    production = undefined;
     at("target").replaceChildren(make("option", { value: "latest" }, "latest"));
   }
 }
