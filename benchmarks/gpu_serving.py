@@ -11,6 +11,7 @@ shape without a GPU. After each row the file is written. Requests come from a fe
 import argparse
 import http.client
 import json
+import math
 import os
 import shutil
 import signal
@@ -52,6 +53,7 @@ from elasticrec.serving.setup import ModelSetup
 BULK_PATH, LINEAR = "/v1/recommend:batch", 0.9
 STAGES = ("history", "encode", "retrieve", "rank", "postprocess", "queue", "total")
 BULK_TARGET, SPIKE = 100_000, 3.0
+WARM_S, BEFORE_S, AFTER_S = 1.0, 2.0, 3.0  # of load around an action; of what comes after it, what still counts as its
 COLUMNS = ("what", "replicas", "connections", "req/s", "users/s", "p50 ms", "p99 ms", "max ms", "failed", "degraded",
            "retried", "GPU %", "GPU MiB", "more")  # fmt: skip
 
@@ -295,12 +297,13 @@ def _scaled(bench: Bench, gpus: int) -> float:
 
 
 def disturbed(bench: Bench, what: str, action: Callable[[], Any], seconds: float) -> dict[str, Any]:
-    """What a paced load meets while something happens, two seconds after its start."""
+    """What a paced load meets while something happens, two seconds after its start: `its_p99_ms` are of the seconds
+    from just before the action until a while after it."""
     size, told = bench.size, {}
-    plan = bench.plan(size.paced, seconds, pace_s=size.pace_s, warm_s=1.0, mark=what.replace(" ", "-"))
+    plan = bench.plan(size.paced, seconds, pace_s=size.pace_s, warm_s=WARM_S, mark=what.replace(" ", "-"))
     thread = threading.Thread(target=lambda: told.update(load(plan)))
     thread.start()
-    time.sleep(3)
+    time.sleep(WARM_S + BEFORE_S)
     started_s = time.monotonic()
     try:
         action()
@@ -312,6 +315,8 @@ def disturbed(bench: Bench, what: str, action: Callable[[], Any], seconds: float
         print(f"  {failure}", file=sys.stderr, flush=True)
     refused = sum(count for status, count in told["statuses"].items() if status != "200")
     seconds_ms = [round(value, 2) for value in told["p99_ms_by_second"]]
+    its = slice(int(BEFORE_S) - 1, math.ceil(BEFORE_S + took_s + AFTER_S))
+    told["its_p99_ms"] = told["p99_ms_by_second"][its]
     bench.tell(what, replicas=2, connections=size.paced, **{"req/s": told["per_s"]}, p50_ms=told["p50_ms"],
                p99_ms=told["p99_ms"], max_ms=told["max_ms"], failed=told["failed"],
                degraded=told["degraded"] + refused, retried=told["retried"],
@@ -328,7 +333,7 @@ def faults(bench: Bench) -> None:
         quiet = disturbed(bench, "quiet", lambda: None, 8.0)
         usual_ms = statistics.median(quiet["p99_ms_by_second"])
         worst = max(swapped(bench, version) for version in range(2, 2 + size.swaps)) / usual_ms
-        bench.check("hot swap: p99 of the worst second, against a usual second", worst, SPIKE, "times", worst <= SPIKE)
+        bench.check("hot swap: p99 of its worst second, against a usual one", worst, SPIKE, "times", worst <= SPIKE)
 
         def kill() -> None:
             os.kill(pids_of(bench.cluster, "FusedReplica")[0], signal.SIGKILL)
@@ -339,14 +344,14 @@ def faults(bench: Bench) -> None:
 
 
 def swapped(bench: Bench, version: int) -> float:
-    """The p99 of the worst second of a swap to a version that no replica holds."""
+    """The p99 of the worst second of a swap to a version that no replica holds, ms."""
     scene = bench.scene
     if version > len(scene.registry.versions(NAME)):
         scene.registry.publish(str(scene.folder / f"bundle-{2 - version % 2}"), NAME)
     with promotion(bench.cluster, scene, str(version)) as promote:
         found = disturbed(bench, "hot swap", promote, bench.size.swap_s)
     _none_failed(bench, "hot swap", found)
-    return float(max(found["p99_ms_by_second"]))
+    return float(max(found["its_p99_ms"]))
 
 
 def _none_failed(bench: Bench, what: str, found: dict[str, Any]) -> None:

@@ -6,10 +6,12 @@ after it lets those go that have come meanwhile.
 
 A piece that is long would hold everybody up, and nobody knows before how long one is. So it goes beside unless the one
 before was short: the first one always does, and of a version that is slow, or hangs, all do.
+
+What must not wait for batches, as of a service whose batches go elsewhere, gives the interpreter away now and then.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from concurrent.futures import TimeoutError as NotYet
 from typing import Final, Protocol, TypeVar
@@ -18,6 +20,7 @@ T = TypeVar("T")
 REST: Final = 3.0  # after a piece, times as long as it took
 SHORT_S: Final = 0.05
 PATIENCE_S: Final = 1.0  # for its turn; thousands of users may be before it
+SLICE_S: Final = 0.0003  # a batch wants the interpreter some hundred times
 
 
 class Between(Protocol):
@@ -57,3 +60,14 @@ class BatchesOf:
 def _timed(work: Callable[[], T]) -> tuple[T, float]:
     started_s = time.perf_counter()
     return work(), time.perf_counter() - started_s
+
+
+def rested(things: Iterable[T]) -> Iterator[T]:
+    """The same things; after each slice of what is done with them others have the interpreter for as long."""
+    began_s = time.perf_counter()
+    for thing in things:
+        yield thing
+        worked_s = time.perf_counter() - began_s
+        if worked_s > SLICE_S:
+            time.sleep(worked_s)
+            began_s = time.perf_counter()

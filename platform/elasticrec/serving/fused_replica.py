@@ -26,9 +26,9 @@ class FusedReplica(HttpReplica):
         thread = ThreadPoolExecutor(1, thread_name_prefix="model")  # one for all versions: as many threads as CPUs
 
         def load(uri: str) -> Loaded:
-            bundle = open_bundle(uri)
-            scorer = checked_scorer(bundle, args, self._versions.answers, thread)
-            model = Recommender(bundle, events, scorer, items, args.how)
+            bundle, beside = open_bundle(uri), self._versions.answers
+            scorer = checked_scorer(bundle, args, beside, thread)
+            model = Recommender(bundle, events, scorer, items, args.how, beside=beside)
             recommend = in_thread(model.recommend, thread)
             return Loaded(model=model, recommend=recommend, reference=answers_when_measured(bundle))
 

@@ -33,8 +33,8 @@ class GatewayReplica(HttpReplica):
         thread = ThreadPoolExecutor(1, thread_name_prefix="history")
 
         def load(uri: str) -> Loaded:
-            bundle = open_bundle(uri)
-            split = SplitRecommender(bundle, events, partial(self._score, uri), thread, items, args.how)
+            bundle, score, beside = open_bundle(uri), partial(self._score, uri), self._versions.answers
+            split = SplitRecommender(bundle, events, score, thread, items, args.how, beside=beside)
             return Loaded(model=split, recommend=split.recommend, reference=answers_when_measured(bundle))
 
         in_flight = BATCHES_PER_MODEL * args.most_replicas

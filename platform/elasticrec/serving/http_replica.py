@@ -10,9 +10,10 @@ from elasticrec.serving.accepting import accept_all
 from elasticrec.serving.arguments import Args
 from elasticrec.serving.auth import KeyRing
 from elasticrec.serving.events import EventStore
+from elasticrec.serving.following import follow, in_turn
 from elasticrec.serving.gateway import Service, create_app
 from elasticrec.serving.items import ItemStore
-from elasticrec.serving.opening import moves_of, protection_of, short_turns, watch_of
+from elasticrec.serving.opening import lock_of_host, moves_of, protection_of, short_turns, watch_of
 from elasticrec.serving.rollout import Rollout
 from elasticrec.serving.search import SearchConfig
 from elasticrec.serving.versions import Loaded, Versions
@@ -34,7 +35,7 @@ class HttpReplica:
         short_turns()
         accept_all(asyncio.get_running_loop())  # Ray makes the server on it, later
         watch = watch_of(args.how)
-        self._versions = Versions(load, watch)
+        self._versions = Versions(in_turn(load, lambda: self._versions.answers, lock_of_host()), watch)
         service = Service(
             model=self._versions,
             recommend=self._versions.recommend,
@@ -55,7 +56,7 @@ class HttpReplica:
         self._app = create_app(service, keys, protection_of(args))
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        await self._versions.apply(Rollout.of(user_config))
+        await follow(self._versions.apply(Rollout.of(user_config)), answers=self._versions.answers)
 
     async def rollout_state(self) -> dict[str, Any]:
         return self._versions.state()

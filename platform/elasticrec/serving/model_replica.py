@@ -13,9 +13,10 @@ from elasticrec.errors import BundleError
 from elasticrec.monitoring.series import WAITING
 from elasticrec.serving.api.problems import DeadlineError, UnavailableError
 from elasticrec.serving.arguments import Args
+from elasticrec.serving.following import follow, in_turn
 from elasticrec.serving.gpu import device_of, require_healthy
 from elasticrec.serving.meter import Meter
-from elasticrec.serving.opening import checked_scorer, short_turns, watch_of
+from elasticrec.serving.opening import checked_scorer, lock_of_host, short_turns, watch_of
 from elasticrec.serving.question import Candidates, Question
 from elasticrec.serving.rollout import Rollout
 from elasticrec.serving.scorer import Scorer
@@ -31,21 +32,30 @@ class ModelReplica:
         short_turns()
         self._asked: Rollout | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._scorers: Shelf[Scorer] = Shelf(
-            lambda uri: checked_scorer(open_bundle(uri), args, self._asked is not None, self._thread)
-        )
+        self._changing = asyncio.Lock()
+
+        def load(uri: str) -> Scorer:
+            return checked_scorer(open_bundle(uri), args, self._answers(), self._thread)
+
+        self._scorers = Shelf(in_turn(load, self._answers, lock_of_host()))
         self._batches = 0
         self._meter = Meter(waiting=lambda: max(0, self._batches - 1) * args.max_batch)
         watch_of(args.how).ledger.level(WAITING, self._meter.waiting)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        wanted = Rollout.of(user_config)
-        await self._scorers.add(wanted.bundles)
-        if wanted.production in self._scorers:
-            self._scorers.keep(wanted.bundles)
-        elif self._asked is None:
-            raise BundleError(self._scorers.refused[wanted.production])
-        self._asked = wanted
+        await follow(self._apply(Rollout.of(user_config)), answers=self._answers())
+
+    async def _apply(self, wanted: Rollout) -> None:
+        async with self._changing:
+            await self._scorers.add(wanted.bundles)
+            if wanted.production in self._scorers:
+                self._scorers.keep(wanted.bundles)
+            elif not self._answers():
+                raise BundleError(self._scorers.refused[wanted.production])
+            self._asked = wanted
+
+    def _answers(self) -> bool:
+        return self._asked is not None
 
     async def rollout_state(self) -> dict[str, Any]:
         assert self._asked is not None, "Serve calls reconfigure first"

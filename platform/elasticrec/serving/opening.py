@@ -1,8 +1,12 @@
 """Arguments of the graph in; what a replica opens when it starts out: stores, keys, limits, checked models."""
 
+import hashlib
 import logging
+import os
 import sys
+import tempfile
 from concurrent.futures import Executor
+from pathlib import Path
 from typing import Final
 
 import ray
@@ -94,6 +98,12 @@ def checked_scorer(bundle: Bundle, args: Args, others_answer: bool, thread: Exec
         alone = Scorer(network, ModelSetup(network=network, resident=resident))
         check(bundle, network, alone, limits, between)
         return make_scorer(bundle, args.how, network, resident)
+
+
+def lock_of_host() -> Path:
+    """What replicas of this application that are on this host load one after the other by."""
+    where = f"{ray.get_runtime_context().gcs_address} {serve.get_replica_context().app_name} {os.getuid()}"
+    return Path(tempfile.gettempdir()) / f"elasticrec-{hashlib.blake2b(where.encode(), digest_size=8).hexdigest()}.lock"
 
 
 def watch_of(how: StagesConfig) -> Watch:

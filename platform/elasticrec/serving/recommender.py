@@ -36,15 +36,18 @@ class Recommender:
         scorer: Scorer | None = None,
         items: ItemStore | None = None,
         stages: StagesConfig | None = None,
+        *,
+        beside: bool = False,
     ) -> None:
         """`scorer`: of the bundle's network, where one is loaded. `items`: changes of the catalogue at run time.
+        `beside`: another version answers meanwhile.
 
         Raises:
             BundleError: the bundle cannot be read.
             ConfigError: a stage cannot be found.
         """
         self.version = version_name(bundle)
-        self.gateway = Gateway(bundle, events, items, stages or StagesConfig())
+        self.gateway = Gateway(bundle, events, items, stages or StagesConfig(), beside=beside)
         self.catalogue, self.assortment = self.gateway.catalogue, self.gateway.assortment
         self.index = self.gateway.index
         self.scorer = scorer or make_scorer(bundle, stages or StagesConfig())
@@ -78,10 +81,13 @@ class SplitRecommender:
         executor: Executor,
         items: ItemStore | None = None,
         stages: StagesConfig | None = None,
+        *,
+        beside: bool = False,
     ) -> None:
-        """`executor`: its threads run the stages that are here, so that the event loop stays free."""
+        """`executor`: its threads run the stages that are here, so that the event loop stays free. `beside`: another
+        version answers meanwhile."""
         self.version = version_name(bundle)
-        self.gateway = Gateway(bundle, events, items, stages or StagesConfig())
+        self.gateway = Gateway(bundle, events, items, stages or StagesConfig(), beside=beside)
         self.catalogue, self.assortment = self.gateway.catalogue, self.gateway.assortment
         self.index = self.gateway.index
         self._score = score
@@ -105,12 +111,14 @@ class SplitRecommender:
 class Gateway:
     """The stages beside the event store, and what they share."""
 
-    def __init__(self, bundle: Bundle, events: EventStore, items: ItemStore | None, config: StagesConfig) -> None:
+    def __init__(
+        self, bundle: Bundle, events: EventStore, items: ItemStore | None, config: StagesConfig, *, beside: bool
+    ) -> None:
         network = from_mapping(NetworkConfig, bundle.manifest.config)
         self.catalogue = Catalogue(bundle.items())
         tower = bundle.content()
         self.assortment = Assortment(self.catalogue, items, Newcomers(tower) if tower else None)
-        self.index = TextIndex(self.assortment.view())
+        self.index = TextIndex(self.assortment.view(), beside=beside)
         setup = GatewaySetup(
             assortment=self.assortment,
             events=events,

@@ -42,8 +42,9 @@ class Shelf(Generic[T]):
     async def _add(self, uri: str) -> None:
         try:
             loaded = await asyncio.get_running_loop().run_in_executor(self._loader, self._load, uri)
-        except (ElasticRecError, OSError, ValueError, RuntimeError) as error:
-            self.refused[uri] = str(error)
-            _LOGGER.error("bundle refused, the versions before stay: %s", error)
+        except Exception as error:  # whatever it is, it must not end what answers
+            expected = isinstance(error, ElasticRecError)
+            self.refused[uri] = str(error) if expected else f"{type(error).__name__}: {error}"
+            _LOGGER.error("bundle refused, the versions before stay: %s", self.refused[uri], exc_info=not expected)
         else:
             self._loaded = self._loaded | {uri: loaded}
