@@ -50,7 +50,8 @@ def http_replica(load: Callable[[str], Any]) -> HttpReplica:
 
 def model_replica(load: Callable[[str], Any]) -> ModelReplica:
     replica = ModelReplica.__new__(ModelReplica)  # without a device and Serve
-    replica._asked, replica._changing = None, asyncio.Lock()
+    replica._told = replica._asked = None
+    replica._changing = asyncio.Lock()
     replica._scorers = Shelf(load)
     return replica
 
@@ -81,6 +82,29 @@ def test_serve_waits_for_the_first_versions_and_for_no_later_ones(made: Callable
         await asked_for(replica, last)  # in the order of being told
 
     asyncio.run(scenario())
+
+
+@REPLICAS
+def test_a_change_that_waits_is_left_out_when_a_newer_one_comes(made: Callable[..., Any]) -> None:
+    loaded: list[str] = []
+    gate = threading.Event()
+
+    def load(uri: str) -> Any:
+        loaded.append(uri)
+        return held_back(gate)(uri)
+
+    async def scenario() -> None:
+        replica = made(load)
+        for production in ("a", "slow", "b", "c"):
+            await replica.reconfigure(Rollout(production=production).plain())
+        await asyncio.sleep(0.05)
+        state = await replica.rollout_state()
+        assert (state["told"]["production"], state["asked"]["production"]) == ("c", "a")
+        gate.set()
+        await asked_for(replica, Rollout(production="c"))
+
+    asyncio.run(scenario())
+    assert loaded == ["a", "slow", "c"]
 
 
 @REPLICAS
@@ -133,29 +157,57 @@ def test_a_change_that_fails_behind_serves_back_is_told(caplog: pytest.LogCaptur
     assert "no room" in caplog.text
 
 
-def _load_and_tell(lock: Path, answers: bool, spans: Any, begun: Any) -> None:
+def _load_and_tell(lock: Path, answers: bool, spans: Any, here: Any) -> None:
     def load(uri: str) -> None:
         started_s = time.monotonic()
-        begun.wait(SOON_S if not answers else 0.2) if uri == "meet" else time.sleep(0.2)
+        time.sleep(0.5)
         spans.put((started_s, time.monotonic()))
 
-    in_turn(load, lambda: answers, lock)("alone" if answers else "meet")
+    here.wait(60)
+    in_turn(load, lambda: answers, lock)("films")
 
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_replicas_of_a_host_load_in_turn_once_they_answer(answers: bool, tmp_path: Path) -> None:
     spawn = mp.get_context("spawn")
-    spans, begun = spawn.Queue(), spawn.Barrier(2)
-    two = [
-        spawn.Process(target=_load_and_tell, args=(tmp_path / "lock", answers, spans, begun), daemon=True)
-        for _ in range(2)
-    ]
+    spans, here = spawn.Queue(), spawn.Barrier(2)
+    of_each = (tmp_path / "lock", answers, spans, here)
+    two = [spawn.Process(target=_load_and_tell, args=of_each, daemon=True) for _ in range(2)]
     for process in two:
         process.start()
-    (_, first_end_s), (second_s, _) = sorted(spans.get(timeout=60) for _ in two)
+    (_, first_end_s), (second_s, _) = sorted(spans.get(timeout=90) for _ in two)
     for process in two:
         process.join(SOON_S)
-    assert (second_s >= first_end_s) == answers  # else both were inside at once, or the barrier had broken
+    assert (second_s >= first_end_s) == answers
+
+
+def test_one_that_hangs_holds_up_the_others_of_its_host_for_a_while_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("elasticrec.serving.following.PATIENCE_S", 0.2)
+    gate, inside = threading.Event(), threading.Event()
+
+    def load(uri: str) -> str:
+        if uri == "hangs":
+            inside.set()
+            assert gate.wait(SOON_S)
+        return uri
+
+    alone = in_turn(load, lambda: True, tmp_path / "lock")
+    stuck = threading.Thread(target=alone, args=("hangs",))
+    stuck.start()
+    assert inside.wait(SOON_S)
+    assert alone("films") == "films"
+    assert "loading beside it" in caplog.text
+    gate.set()
+    stuck.join()
+
+
+def test_a_lock_that_cannot_be_had_keeps_no_version_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "lock").symlink_to(tmp_path / "of somebody else")
+    assert in_turn(str.upper, lambda: True, tmp_path / "lock")("films") == "FILMS"
+    assert "no lock for loading in turn" in caplog.text
+    assert not (tmp_path / "of somebody else").exists()
 
 
 def test_the_lock_goes_with_what_raises(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -373,8 +374,8 @@ def test_a_damaged_bundle_is_refused_by_its_checksum(registry: Registry) -> None
 
 
 WANTED = Rollout(production="b")
-TOOK: dict[str, object] = {"asked": WANTED.plain(), "refused": {}, "live": WANTED.plain()}
-MODEL_TOOK: dict[str, object] = {"asked": WANTED.plain(), "refused": {}}
+MODEL_TOOK: dict[str, object] = {"told": WANTED.plain(), "asked": WANTED.plain(), "refused": {}}
+TOOK: dict[str, object] = MODEL_TOOK | {"live": WANTED.plain()}
 
 
 def test_a_rollout_is_done_when_every_deployment_answered() -> None:
@@ -384,6 +385,7 @@ def test_a_rollout_is_done_when_every_deployment_answered() -> None:
     for states in (
         both | {"ModelReplica": None},
         both | {"GatewayReplica": [TOOK, before]},
+        both | {"ModelReplica": [MODEL_TOOK | {"told": Rollout(production="c").plain()}]},  # it moves on already
         {"RecommenderReplica": None},
     ):
         for checks in (True, False):
@@ -397,6 +399,37 @@ def test_a_bundle_that_no_replica_checked_is_not_rolled_out() -> None:
         with pytest.raises(RolloutError, match=r"no replica of .* runs that could check the bundle"):
             answered(states, WANTED, checks=True)  # type: ignore[arg-type]
     assert answered({"GatewayReplica": [TOOK], "ModelReplica": []}, WANTED, checks=False)  # once they did
+
+
+@pytest.mark.parametrize(
+    ("said", "state", "settled"), [(1, "STOPPING", True), (1, "RUNNING", False), (2, "RUNNING", True)]
+)
+def test_a_step_is_over_when_each_replica_has_spoken(said: int, state: str, settled: bool) -> None:
+    class Client:
+        def get_serve_details(self) -> dict[str, Any]:
+            replicas = [{"state": "RUNNING"}, {"state": state}]
+            deployment = {"status": "HEALTHY", "replicas": replicas}
+            return {"applications": {"app": {"status": "RUNNING", "deployments": {"FusedReplica": deployment}}}}
+
+    application = Application(name="app", client=Client())
+    assert application._is_settled({"FusedReplica": [TOOK] * said}) == settled
+
+
+def test_whatever_ends_the_first_step_replicas_are_told_of_what_is_live() -> None:
+    told: list[Rollout] = []
+
+    class Failing(Application):
+        def _states(self):  # type: ignore[no-untyped-def]
+            if told:
+                raise KeyboardInterrupt
+            return {"FusedReplica": [TOOK]}
+
+        def _deploy(self, rollout: Rollout) -> None:
+            told.append(rollout)
+
+    with pytest.raises(KeyboardInterrupt):
+        Failing(name="app", client=None).move(Rollout(production="c"), lambda: None)
+    assert told == [staged(WANTED, Rollout(production="c")), WANTED]
 
 
 def test_what_is_live_is_told_by_those_who_know() -> None:

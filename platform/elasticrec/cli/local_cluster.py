@@ -239,10 +239,10 @@ def _environment(config: LocalClusterConfig, address: str, dashboard_url: str, t
         "RAY_health_check_period_ms": "1000",  # a killed node counts as dead after 5 refused checks: 5 s, not 15
         "RAY_SERVE_ENABLE_HA_PROXY": str(int(config.haproxy)),
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # what a dying replica held goes to another one
-        "RAY_SERVE_HAPROXY_BROADCAST_COALESCE_S": "1",  # a replica that is told of a version is away for a moment
+        "RAY_SERVE_HAPROXY_BROADCAST_COALESCE_S": "1",  # seconds; one that is told of a version is away for a moment
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # what blocks is in threads of ours; a fifth less CPU
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy hears of it within a good second
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy_dir / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy_dir / "a.sock"),

@@ -60,7 +60,7 @@ class Application:
         live = self.current()
         try:
             self._tell(staged(live, wanted), checks=True)
-        except RolloutError:
+        except BaseException:  # whatever went wrong, nobody goes on loading what nobody wants
             self._deploy(live)
             raise
         between()
@@ -71,7 +71,8 @@ class Application:
         self._deploy(rollout)
         deadline_s = time.monotonic() + self.timeout_s
         while time.monotonic() < deadline_s:
-            if answered(self._states(), rollout, checks=checks) and self._is_settled():
+            states = self._states()
+            if answered(states, rollout, checks=checks) and self._is_settled(states):
                 return
             time.sleep(_POLL_S)
         raise RolloutError(
@@ -93,16 +94,21 @@ class Application:
             {"proxy_location": details["proxy_location"], "http_options": options, "applications": applications}
         )
 
-    def _is_settled(self) -> bool:
-        """Whether Serve has no replica left that it wants to change."""
+    def _is_settled(self, states: States) -> bool:
+        """Whether Serve has no replica left that it wants to change, and each has said what it made of it: while Serve
+        tells one, nobody can ask it."""
         found = self.client.get_serve_details()["applications"][self.name]
         if found["status"] == "DEPLOY_FAILED":
             raise RolloutError(f"application '{self.name}' failed: {found.get('message', 'no reason given')}")
-        return all(entry["status"] == "HEALTHY" for entry in found["deployments"].values())
+        return all(
+            entry["status"] == "HEALTHY" and len(states.get(name) or ()) == _running(entry)
+            for name, entry in found["deployments"].items()
+        )
 
     def _states(self) -> States:
         """What each replica says of itself, gateways first."""
         from ray import serve
+        from ray.exceptions import RayError
         from ray.serve.exceptions import DeploymentUnavailableError
 
         deployments = self.client.get_serve_details()["applications"][self.name]["deployments"]
@@ -114,13 +120,17 @@ class Application:
             try:
                 handle = serve.get_deployment_handle(name, self.name)
                 states[name] = list(handle.broadcast("rollout_state").results(timeout_s=30)) or None
-            except (DeploymentUnavailableError, TimeoutError):
+            except (DeploymentUnavailableError, RayError, TimeoutError):
                 states[name] = None
         return states
 
     def _deployed(self) -> dict[str, Any]:
         deployed: dict[str, Any] = self.client.get_serve_details()["applications"][self.name]["deployed_app_config"]
         return deployed
+
+
+def _running(deployment: Mapping[str, Any]) -> int:
+    return sum(replica["state"] != "STOPPING" for replica in deployment.get("replicas") or ())
 
 
 def answered(states: States, rollout: Rollout, *, checks: bool) -> bool:
@@ -136,7 +146,7 @@ def answered(states: States, rollout: Rollout, *, checks: bool) -> bool:
             "not started yet); send a request or set min_replicas=1, then repeat the command"
         )
     said = [state for found in states.values() for state in found or ()]
-    asked = [state.get("asked") == rollout.plain() for state in said]
+    asked = [state.get("told") == state.get("asked") == rollout.plain() for state in said]
     refused = {uri: reason for state in said for uri, reason in state.get("refused", {}).items()}
     if refused and any(asked):
         raise RolloutError("; ".join(refused.values()))

@@ -30,6 +30,7 @@ class ModelReplica:
         self._device = device_of(args.num_gpus)
         torch.set_num_threads(args.threads)
         short_turns()
+        self._told: Rollout | None = None  # may not have been taken up yet
         self._asked: Rollout | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._changing = asyncio.Lock()
@@ -46,7 +47,10 @@ class ModelReplica:
         await follow(self._apply(Rollout.of(user_config)), answers=self._answers())
 
     async def _apply(self, wanted: Rollout) -> None:
+        self._told = wanted
         async with self._changing:
+            if wanted is not self._told:
+                return
             await self._scorers.add(wanted.bundles)
             if wanted.production in self._scorers:
                 self._scorers.keep(wanted.bundles)
@@ -58,8 +62,9 @@ class ModelReplica:
         return self._asked is not None
 
     async def rollout_state(self) -> dict[str, Any]:
-        assert self._asked is not None, "Serve calls reconfigure first"
-        return {"asked": self._asked.plain(), "refused": dict(self._scorers.refused)}
+        assert self._told is not None, "Serve calls reconfigure first"
+        assert self._asked is not None, "the first one is waited for"
+        return {"told": self._told.plain(), "asked": self._asked.plain(), "refused": dict(self._scorers.refused)}
 
     async def score(self, uri: str, question: Question, left_s: float | None = None) -> Candidates:
         """`left_s`: how long the most patient caller of the batch waits yet; then it costs no time of the model.

@@ -101,9 +101,10 @@ def checked_scorer(bundle: Bundle, args: Args, others_answer: bool, thread: Exec
 
 
 def lock_of_host() -> Path:
-    """What replicas of this application that are on this host load one after the other by."""
-    where = f"{ray.get_runtime_context().gcs_address} {serve.get_replica_context().app_name} {os.getuid()}"
-    return Path(tempfile.gettempdir()) / f"elasticrec-{hashlib.blake2b(where.encode(), digest_size=8).hexdigest()}.lock"
+    """By which those replicas of this deployment that are on this host load one after the other."""
+    context = serve.get_replica_context()
+    whose = f"{ray.get_runtime_context().gcs_address} {context.app_name} {context.deployment} {os.getuid()}"
+    return Path(tempfile.gettempdir()) / f"elasticrec-{hashlib.blake2b(whose.encode(), digest_size=8).hexdigest()}.lock"
 
 
 def watch_of(how: StagesConfig) -> Watch:

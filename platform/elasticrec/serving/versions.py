@@ -77,6 +77,7 @@ class Versions:
         """`load`: opens, checks and warms a bundle; called in a thread."""
         self._watch = watch or Watch()
         self._shelf: Shelf[Loaded] = Shelf(load)
+        self._told: Rollout | None = None  # may not have been taken up yet
         self._asked: Rollout | None = None
         self._live: Rollout | None = None
         self._changing = asyncio.Lock()
@@ -118,10 +119,15 @@ class Versions:
     async def apply(self, wanted: Rollout) -> None:
         """Loads what is new, then moves on to it at once. What is refused stays as it was; requests are never held up.
 
+        A change that waits for another one is left out when a newer one comes.
+
         Raises:
             BundleError: production is refused and there is none before it.
         """
+        self._told = wanted
         async with self._changing:
+            if wanted is not self._told:
+                return
             await self._shelf.add(wanted.bundles)
             live = _without(wanted, self._shelf, self._live)
             if live is None:
@@ -160,6 +166,7 @@ class Versions:
         live = self.rollout
         names = {uri: self._shelf[uri].model.version for uri in live.bundles}
         return {
+            "told": None if self._told is None else self._told.plain(),
             "asked": None if self._asked is None else self._asked.plain(),
             "live": live.plain(),
             "versions": names,
