@@ -119,7 +119,7 @@ def small(quick: bool) -> Plan:
 
 def large(quick: bool) -> Plan:
     """Short sessions, over 30,000 items: the table is nearly all of it."""
-    epochs = 1 if quick else 6
+    epochs = 1 if quick else 12
     student = Distil(width=32, blocks=1, heads=1, epochs=epochs, soft_share=0.9, temperature=1.0)
     narrow = LowRankTable(rank=64)
     return Plan(
