@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from elasticrec.monitoring.series import IN_FLIGHT
 from elasticrec.serving import console
+from elasticrec.serving.admission import Admission
 from elasticrec.serving.api.limits import MAX_BODY_BYTES
 from elasticrec.serving.api.problems import (
     ApiError,
@@ -90,6 +91,7 @@ class Guard:
         self._protection = protection or Protection()
         self._watch = watch or Watch()
         self._watch.ledger.level(IN_FLIGHT, lambda: self.in_flight)
+        self._admission = Admission(self._protection.max_in_flight, self._protection.timeout_ms / 1e3)
         self.in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -147,7 +149,7 @@ class Guard:
         now_s = time.monotonic()
         default_ms = MAX_TIMEOUT_MS if path in BULK_PATHS else self._protection.timeout_ms
         deadline_s = deadline_in(headers, default_ms, now_s)
-        if self.in_flight >= self._protection.max_in_flight:
+        if self.in_flight >= self._admission.limit:
             self._watch.refused("room")
             raise OverloadedError("this replica works on as many requests as it may; come again")
         self.in_flight += 1
@@ -161,6 +163,9 @@ class Guard:
         finally:
             DEADLINE_S.reset(token)
             self.in_flight -= 1
+            if path not in BULK_PATHS:
+                ended_s = time.monotonic()
+                self._admission.answered(ended_s - now_s, ended_s)
 
     async def _pass_on(self, scope: Scope, receive: Receive, marked: "_Marked") -> None:
         body = await _read_body(receive)
