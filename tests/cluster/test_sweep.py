@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from elasticrec.compression.distil import Distil
 from elasticrec.compression.linears import Int8Linear
 from elasticrec.compression.measure import MeasureConfig
 from elasticrec.compression.quantize import BFloat16Table, Int8Table
+from elasticrec.compression.recipe import label
 from elasticrec.compression.space import Asha, Axis, Optuna, SweepConfig
 from elasticrec.compression.sweep import SweepResult, calibrate, sweep
 from elasticrec.compression.trial import Job, start_of
@@ -178,7 +180,11 @@ def test_done_trials_are_whole_bundles_with_lineage(finished: Finished) -> None:
         verify_bundle(row["bundle"])
         manifest = open_bundle(row["bundle"]).manifest
         assert manifest.recipe["kind"] == name
+        teacher = open_bundle(finished.bundle).manifest.lineage
         assert manifest.lineage["parent"] == finished.bundle
+        assert manifest.lineage["command"] == shlex.join(sys.argv)
+        assert manifest.lineage["seed"] == 0
+        assert manifest.lineage["before"] == {name: teacher[name] for name in teacher if name != "remove_seen"}
         assert manifest.metrics["ndcg@10"] == row["ndcg@10"]
 
 
@@ -348,6 +354,22 @@ def test_optuna_measures_each_combination_once(finished: Finished, tmp_path: Pat
     names = [row["recipe"] for row in result.rows]
     assert sorted(names) == ["float32", "int8_table"]  # five questions, two of them new
     assert all(row["status"] == "done" for row in result.rows)
+
+
+def test_optuna_may_ask_for_students_of_which_some_are_stopped(finished: Finished, tmp_path: Path) -> None:
+    """Epochs of training tell one of the objectives only."""
+    quick = Distil(width=8, epochs=4, start="scratch", soft_share=0.0, learning_rate=2e-2)
+    student = Axis(name="student", choices=((quick,), (replace(quick, learning_rate=1e-7),)))
+    config = SweepConfig(
+        axes=(student,),
+        search=Optuna(trials=4),
+        asha=Asha(grace_epochs=2, reduction=2),
+        measure=MeasureConfig(rounds=2, warmup_rounds=0),
+    )
+    result = sweep(config, finished.bundle, _store(tmp_path / "walks", _items(), walks=True), tmp_path / "out")
+    statuses = {row["recipe"]: row["status"] for row in result.rows}
+    assert statuses[label((quick,))] == "done"
+    assert set(statuses.values()) <= {"done", "stopped"}
 
 
 def test_a_missing_bundle_is_one_error_before_anything_runs(finished: Finished, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from elasticrec.artifact.bundle import Bundle, write_bundle
 from elasticrec.artifact.export.folder import export_bundle
 from elasticrec.artifact.export.formats import FORMATS, format_of
 from elasticrec.artifact.export.graph import ScoreGraph
-from elasticrec.artifact.export.parity import compare, made_up
+from elasticrec.artifact.export.parity import Parity, compare, made_up
 from elasticrec.cli.main import run
 from elasticrec.compression.factorise import LowRankTable
 from elasticrec.compression.linears import Int8Linear
@@ -150,6 +150,21 @@ def test_a_file_of_another_network_is_found_out(tmp_path: Path) -> None:
     assert not found.holds()
     assert found.largest > 1e-2
     assert found.different > 0
+
+
+@pytest.mark.parametrize("different", [2, 3])
+def test_a_file_with_other_best_items_is_refused(
+    different: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Parity(users=200, largest=1e-6, different=different)
+    monkeypatch.setattr("elasticrec.artifact.export.folder.compare", lambda *_, **__: found)
+    bundle = bundle_of(network(NetworkConfig(encoder=SMALL)), tmp_path / "bundle")
+    if different == 2:  # 1 %
+        assert export_bundle(bundle, "pt2", tmp_path / "out").parity == found
+        return
+    with pytest.raises(ExportError, match="ten best items of 3 of 200 users are others"):
+        export_bundle(bundle, "pt2", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_scores_that_are_no_numbers_are_found_out() -> None:

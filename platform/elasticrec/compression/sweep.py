@@ -13,6 +13,8 @@ are not repeated (`record`).
 
 import contextlib
 import math
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +91,7 @@ def sweep(
         evaluation=config.evaluation,
         seed=config.seed,
         device="cuda" if config.gpus_per_trial else "cpu",
+        command=shlex.join(sys.argv),
     )
     check_same_items(open_bundle(job.bundle), open_store(job.store))
     claim(job.folder, _asked(job))

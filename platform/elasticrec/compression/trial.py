@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -25,6 +25,7 @@ from elasticrec.evaluation.ranking import EvaluationConfig, histories, rank, sum
 from elasticrec.model.network import Network
 
 VALIDATION: Final = "validation_"  # prefix of validation metrics; test metrics have none
+_OF_SERVING: Final = ("answers", "remove_seen")  # what it goes by in a lineage
 
 Report = Callable[[Mapping[str, float]], None]
 
@@ -41,6 +42,7 @@ class Job:
     evaluation: EvaluationConfig
     seed: int = 0
     device: str = "cpu"  # of steps that train
+    command: str = ""  # that began the sweep
 
     @property
     def folder(self) -> Location:
@@ -67,11 +69,19 @@ def run_trial(recipe: Recipe, job: Job, report: Report = lambda _: None) -> Row:
         recipe=described(recipe),
         metrics=metrics,
         content=parent.content(),
-        lineage=dict(parent.manifest.lineage) | {"parent": parent.uri, "dataset": store.fingerprint},
+        lineage=_lineage(parent, store, job),
     )
     # What was written is measured, as serving will load it.
     row = metrics | _sizes(bundle) | _times(parent.network(), bundle.network(), store, cut, job)
     return _checked(row) | {"bundle": bundle.uri}
+
+
+def _lineage(parent: Bundle, store: Store, job: Job) -> dict[str, Any]:
+    """Of the sweep. What serving goes by stays in its place; what else is known of the parent is under `before`."""
+    before = dict(parent.manifest.lineage)
+    kept = {name: before.pop(name) for name in _OF_SERVING if name in before}
+    here = {"parent": parent.uri, "dataset": store.fingerprint, "command": job.command, "seed": job.seed}
+    return kept | here | {"before": before}
 
 
 def _compressed(recipe: Recipe, parent: Bundle, store: Store, job: Job, report: Report) -> Network:

@@ -170,6 +170,7 @@ class _Progress(tune.Callback):  # type: ignore[misc]
 def _quiet_tune() -> Iterator[None]:
     """No banner, tables and traces: the caller shows progress, rows say why a trial failed, OUT/tune has the rest."""
     wanted = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
+    wanted |= {"TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}  # epochs of training have not measured all objectives yet
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     logger = logging.getLogger("ray.tune")

@@ -22,8 +22,9 @@ from elasticrec.model.network import Network
 
 ITEMS: Final = "items.json"
 EDGE: Final = "edge.json"
-CHECKED_USERS = 200
+CHECKED_USERS = 1_000
 TOLERANCE = 1e-3
+OTHERS: Final = 0.01  # of the users whose ten best may differ: scores that lie closer than rounding may change places
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +86,11 @@ def _checked(made: Format, network: Network, file: Path, history: History | None
         raise ExportError(
             f"the file's scores are off by up to {parity.largest:.2g} where {TOLERANCE:g} is allowed; "
             "export the bundle that this one was made from"
+        )
+    if parity.different > OTHERS * parity.users:
+        raise ExportError(
+            f"the ten best items of {parity.different} of {parity.users} users are others by the file; its scores lie "
+            f"within {parity.largest:.2g} of the bundle's, whose own are closer together than that"
         )
     return parity
 
