@@ -18,7 +18,7 @@ import pytest
 import ray
 import torch
 
-from elasticrec.artifact.bundle import open_bundle, verify_bundle, write_bundle
+from elasticrec.artifact.bundle import made_here, open_bundle, verify_bundle, write_bundle
 from elasticrec.cli.local_cluster import LocalClusterConfig, local_cluster
 from elasticrec.compression.distil import Distil
 from elasticrec.compression.linears import Int8Linear
@@ -28,6 +28,7 @@ from elasticrec.compression.recipe import label
 from elasticrec.compression.space import Asha, Axis, Optuna, SweepConfig
 from elasticrec.compression.sweep import SweepResult, calibrate, sweep
 from elasticrec.compression.trial import Job, start_of
+from elasticrec.config import to_mapping
 from elasticrec.data.sequences import Sequences, write_store
 from elasticrec.errors import BundleError, ConfigError
 from elasticrec.model.encoder import EncoderConfig
@@ -183,7 +184,8 @@ def test_done_trials_are_whole_bundles_with_lineage(finished: Finished) -> None:
         teacher = open_bundle(finished.bundle).manifest.lineage
         assert manifest.lineage["parent"] == finished.bundle
         assert manifest.lineage["command"] == shlex.join(sys.argv)
-        assert manifest.lineage["seed"] == 0
+        assert (manifest.lineage["seed"], manifest.lineage["split"]) == (0, to_mapping(SweepConfig().split))
+        assert manifest.lineage["commit"] == made_here()["commit"]
         assert manifest.lineage["before"] == {name: teacher[name] for name in teacher if name != "remove_seen"}
         assert manifest.metrics["ndcg@10"] == row["ndcg@10"]
 
@@ -394,6 +396,12 @@ def test_a_budget_on_something_unmeasured_does_not_wait_for_the_trials(finished:
     with pytest.raises(ConfigError, match="'p90_ms' was not measured; did you mean 'p99_ms'"):
         sweep(config, finished.bundle, finished.store, tmp_path / "out")
     assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())
+
+
+def test_an_objective_that_nobody_measures_does_not_wait_for_the_trials(finished: Finished, tmp_path: Path) -> None:
+    config = SweepConfig(objectives=("ndcg@20",), measure=MeasureConfig(rounds=2, warmup_rounds=0))
+    with pytest.raises(ConfigError, match="objective 'ndcg@20' was not measured"):
+        sweep(config, finished.bundle, finished.store, tmp_path / "out")
 
 
 def test_recipes_are_distinct() -> None:

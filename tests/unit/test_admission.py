@@ -1,82 +1,161 @@
-"""How many requests a replica lets in, by how long answers take."""
+"""How many requests a replica asks its model for, by how long answers take."""
 
 import asyncio
+import time
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from elasticrec.serving.admission import BACK_OFF, LATE, LEAST, Admission
+from elasticrec.serving.admission import BACK_OFF, LATE, LATE_S, LEAST, RECOVERY_S, Admission
 from elasticrec.serving.guard import Guard, Protection
+
+ALLOWED_S = 2.0
+LATE_ANSWER_S = LATE * ALLOWED_S
 
 
 def test_quick_answers_let_all_in_that_the_configuration_allows() -> None:
-    admission = Admission(96, 2.0)
+    admission = Admission(96, ALLOWED_S)
     for number in range(1_000):
-        admission.answered(0.01, 0.01 * number)
-        assert admission.limit == 96
+        admission.answered(LATE_ANSWER_S - 1e-3, 0.01 * number)
+        assert admission.limit(0.01 * number) == 96
 
 
-def test_those_let_in_before_a_cut_do_not_cut_again() -> None:
-    admission = Admission(96, 2.0)
-    for now_s in (10.0, 10.1, 10.5, 10.99):  # let in at 9.0 and after, all of them before the first one's end
-        admission.answered(1.0, now_s)
-    assert admission.limit == int(96 * BACK_OFF)
-    admission.answered(1.0, 11.0)
-    assert admission.limit == int(96 * BACK_OFF**2)
+def test_those_who_asked_before_a_cut_do_not_cut_again() -> None:
+    admission = Admission(10_000, ALLOWED_S)
+    for now_s in (10.0, 10.1, 10.4, 10.49):  # all of them asked before the first one was answered
+        admission.answered(LATE_ANSWER_S, now_s)
+    assert admission.limit(10.0) == 10_000 * BACK_OFF
+    admission.answered(LATE_ANSWER_S, 10.5)
+    assert admission.limit(10.5) == int(BACK_OFF * (10_000 * BACK_OFF + 0.5 * 10_000 / RECOVERY_S))
 
 
-def test_it_comes_back_by_one_for_as_many_answers_as_it_lets_in() -> None:
-    admission = Admission(40, 2.0)
-    admission.answered(LATE * 2.0, 10.0)
-    assert admission.limit == 30
-    for number in range(31):
-        admission.answered(0.1, 11 + number)
-    assert admission.limit == 31
+def test_all_are_let_in_again_when_time_has_gone_by_though_nobody_asks() -> None:
+    admission = Admission(40, ALLOWED_S)
+    admission.answered(LATE_ANSWER_S, 100.0)
+    assert [admission.limit(100.0 + part * RECOVERY_S) for part in (0, 0.125, 0.25, 5)] == [30, 35, 40, 40]
+
+
+def test_little_time_is_no_sign_of_too_many() -> None:
+    admission = Admission(40, LATE_S)
+    admission.answered(0.9 * LATE_S, 10.0)
+    assert admission.limit(10.0) == 40
 
 
 @given(st.integers(1, 1_000), st.lists(st.tuples(st.floats(0, 60), st.floats(0, 5))))
 def test_it_lets_some_in_and_never_more_than_it_may(most: int, answers: list[tuple[float, float]]) -> None:
-    admission, now_s = Admission(most, 2.0), 0.0
+    admission, now_s = Admission(most, ALLOWED_S), 0.0
     for took_s, later_s in answers:
         now_s += later_s
         admission.answered(took_s, now_s)
-        assert min(LEAST, most) <= admission.limit <= most
+        assert min(LEAST, most) <= admission.limit(now_s) <= most
 
 
-def test_replicas_refuse_sooner_while_their_answers_take_long() -> None:
-    took_s = [0.9]
+class Service:
+    """A guard before an app that takes `took_s` and answers by `status`."""
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.sleep(took_s[0])
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+    def __init__(self, timeout_ms: float = 1e3 * ALLOWED_S) -> None:
+        self.took_s, self.status = 0.0, 200
+        self.guard = Guard(self._app, None, Protection(max_in_flight=16, timeout_ms=timeout_ms))
+
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(self.took_s)
+        await send({"type": "http.response.start", "status": self.status, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    async def ask(guard: Guard, path: str) -> int:
+    async def ask(self, path: str, *, headers: list[tuple[bytes, bytes]], body_s: float) -> int:
         told: list[int] = []
 
-        async def receive() -> dict[str, object]:
+        async def receive() -> Message:
+            await asyncio.sleep(body_s)
             return {"type": "http.request", "body": b"", "more_body": False}
 
-        async def send(message: dict[str, object]) -> None:
+        async def send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                told.append(int(str(message["status"])))
+                told.append(message["status"])
 
-        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
-        await guard(scope, receive, send)  # type: ignore[arg-type]
+        scope: Any = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+        await self.guard(scope, receive, send)
         return told[0]
 
-    async def statuses(guard: Guard, count: int, path: str = "/v1/recommend") -> list[int]:
-        return sorted(await asyncio.gather(*(ask(guard, path) for _ in range(count))))
+    async def statuses(
+        self,
+        count: int,
+        path: str = "/v1/recommend",
+        *,
+        headers: list[tuple[bytes, bytes]] | None = None,
+        body_s: float = 0.0,
+    ) -> list[int]:
+        asked = (self.ask(path, headers=headers or [], body_s=body_s) for _ in range(count))
+        return sorted(await asyncio.gather(*asked))
 
+
+def test_replicas_refuse_sooner_while_their_answers_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        guard = Guard(app, None, Protection(max_in_flight=16, timeout_ms=2_000))
-        assert await statuses(guard, 16, "/v1/recommend:batch") == [200] * 16  # they may take long
-        assert await statuses(guard, 16) == [200] * 16  # and were too many
-        assert await statuses(guard, 16) == [200] * 12 + [429] * 4
-        took_s[0] = 0.0
-        for _ in range(40):
-            await statuses(guard, 8)
-        assert await statuses(guard, 16) == [200] * 16
+        service = Service()
+        service.took_s = LATE_ANSWER_S + 0.05
+        assert await service.statuses(16) == [200] * 16  # and were too many
+        assert await service.statuses(16) == [200] * 12 + [429] * 4
+        service.took_s = 0.0
+        monkeypatch.setattr("elasticrec.serving.admission.RECOVERY_S", 0.1)
+        deadline_s = time.monotonic() + 20
+        while await service.statuses(16) != [200] * 16:
+            assert time.monotonic() < deadline_s
+
+    monkeypatch.setattr("elasticrec.serving.admission.RECOVERY_S", 1e6)
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"path": "/v1/recommend:batch"},
+        {"path": "/v1/events"},
+        {"headers": [(b"x-request-timeout-ms", b"60000")]},
+        {"headers": [(b"x-request-timeout-ms", b"1")]},
+        {"body_s": LATE_ANSWER_S + 0.05, "took_s": 0.0},
+        {"status": 422},
+        {"status": 500},
+    ],
+    ids=str,
+)
+def test_what_tells_nothing_of_the_model_shuts_nobody_out(
+    what: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        service = Service()
+        service.took_s, service.status = what.pop("took_s", LATE_ANSWER_S + 0.05), what.pop("status", 200)
+        await service.statuses(16, **what)
+        service.took_s, service.status = 0.0, 200
+        assert await service.statuses(16) == [200] * 16
+
+    monkeypatch.setattr("elasticrec.serving.admission.RECOVERY_S", 1e6)
+    asyncio.run(scenario())
+
+
+def test_batches_under_way_shut_nobody_out_who_asks_for_one_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        service = Service()
+        for _ in range(3):
+            service.took_s = LATE_ANSWER_S + 0.05
+            await service.statuses(16)
+        bulk = asyncio.create_task(service.statuses(8, "/v1/recommend:batch"))
+        await asyncio.sleep(0.1)
+        service.took_s = 0.0
+        assert await service.statuses(LEAST) == [200] * LEAST
+        assert await bulk == [200] * 8
+
+    monkeypatch.setattr("elasticrec.serving.admission.RECOVERY_S", 1e6)
+    asyncio.run(scenario())
+
+
+def test_what_comes_too_late_is_late() -> None:
+    async def scenario() -> None:
+        service = Service(timeout_ms=300)
+        service.took_s = 5.0
+        assert await service.statuses(16) == [504] * 16
+        assert service.guard._admission.limit(time.monotonic()) < 16
 
     asyncio.run(scenario())

@@ -19,7 +19,7 @@ from elasticrec.artifact.bundle import Bundle, write_bundle
 from elasticrec.artifact.export.folder import export_bundle
 from elasticrec.artifact.export.formats import FORMATS, format_of
 from elasticrec.artifact.export.graph import ScoreGraph
-from elasticrec.artifact.export.parity import Parity, compare, made_up
+from elasticrec.artifact.export.parity import Parity, best, compare, made_up
 from elasticrec.cli.main import run
 from elasticrec.compression.factorise import LowRankTable
 from elasticrec.compression.linears import Int8Linear
@@ -165,6 +165,14 @@ def test_a_file_with_other_best_items_is_refused(
     with pytest.raises(ExportError, match="ten best items of 3 of 200 users are others"):
         export_bundle(bundle, "pt2", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_best_are_those_of_a_whole_order_ties_and_all() -> None:
+    rng = np.random.default_rng(0)
+    score_BI = rng.integers(0, 9, (50, 200)).astype(np.float32)
+    score_BI[3, 5:] = -np.inf
+    assert (best(score_BI) == np.argsort(-score_BI, axis=1, kind="stable")[:, :10]).all()
+    assert best(score_BI[:, :4]).shape == (50, 4)
 
 
 def test_scores_that_are_no_numbers_are_found_out() -> None:

@@ -68,10 +68,12 @@ def test_attention_without_a_grid(dtype: torch.dtype, near: float) -> None:
         assert (own.double() - expected).norm() < near * expected.norm()
 
 
-def test_softmax_in_one_pass() -> None:
+@pytest.mark.parametrize("items", [1_000, 27_000])  # few warps and many
+def test_softmax_in_one_pass(items: int) -> None:
     from elasticrec.model import softmax_triton
 
-    logits_mI, target_m1 = torch.randn(65, 1000, device="cuda") * 5, torch.randint(0, 1000, (65, 1), device="cuda")
+    logits_mI = torch.randn(65, items, device="cuda") * 5
+    target_m1 = torch.randint(0, items, (65, 1), device="cuda")
     target_m1[7] = -1
     expected = softmax_gradient(logits_mI.double(), target_m1, torch.float64)
     own = softmax_triton.softmax_gradient(logits_mI, target_m1, torch.float32)

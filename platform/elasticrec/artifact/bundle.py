@@ -287,8 +287,12 @@ def _exists(location: Location) -> BundleError:
 
 
 def _lineage(given: Mapping[str, Any]) -> dict[str, Any]:
-    here = {"parent": None, "dataset": None, "command": shlex.join(sys.argv), "commit": _commit()}
-    return here | {"versions": _versions()} | dict(given)
+    return {"parent": None, "dataset": None, **made_here(), "versions": _versions()} | dict(given)
+
+
+def made_here() -> dict[str, str | None]:
+    """This process' command, and the commit of its folder: what a lineage has where nothing else is told."""
+    return {"command": shlex.join(sys.argv), "commit": _commit()}
 
 
 def _versions() -> dict[str, str]:

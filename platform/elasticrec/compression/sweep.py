@@ -13,8 +13,6 @@ are not repeated (`record`).
 
 import contextlib
 import math
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from elasticrec.artifact.bundle import open_bundle
+from elasticrec.artifact.bundle import made_here, open_bundle
 from elasticrec.artifact.items import check_same_items
 from elasticrec.artifact.location import locate
 from elasticrec.compression.measure import MeasureConfig
@@ -35,6 +33,7 @@ from elasticrec.compression.trial import VALIDATION, Job, batch_suffix, teacher_
 from elasticrec.compression.tuner import Progress, run_trials
 from elasticrec.config import to_mapping
 from elasticrec.data.sequences import open_store
+from elasticrec.errors import ConfigError, suggestion
 
 TRIALS: Final = "trials.parquet"
 TRIALS_JSON: Final = "trials.json"
@@ -91,13 +90,16 @@ def sweep(
         evaluation=config.evaluation,
         seed=config.seed,
         device="cuda" if config.gpus_per_trial else "cpu",
-        command=shlex.join(sys.argv),
+        made=made_here(),
     )
     check_same_items(open_bundle(job.bundle), open_store(job.store))
     claim(job.folder, _asked(job))
     teacher = _teacher(config, job)
     # A budget on something that is not measured must not wait for the trials.
     choose([Trial(name="teacher", metrics=_for_choice(teacher))], parse_budget(config.budget), _for_choice(teacher))
+    for name in config.objectives:
+        if name not in _for_choice(teacher):
+            raise ConfigError(f"objective '{name}' was not measured{suggestion(name, _for_choice(teacher))}")
     progress("teacher", "done")
     rows = run_trials(config, job, progress)
     calibrate([teacher, *rows], config.measure)

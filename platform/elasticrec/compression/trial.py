@@ -5,7 +5,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from elasticrec.compression.paired import paired
 from elasticrec.compression.recipe import Recipe, described, label
 from elasticrec.compression.record import Ranks, Row, finished_row, folder_name, read_teacher_ranks
 from elasticrec.compression.workbench import Workbench, apply
+from elasticrec.config import to_mapping
 from elasticrec.data.sequences import Store, open_store
 from elasticrec.data.split import Split, SplitData, split
 from elasticrec.errors import ElasticRecError
@@ -42,7 +43,7 @@ class Job:
     evaluation: EvaluationConfig
     seed: int = 0
     device: str = "cpu"  # of steps that train
-    command: str = ""  # that began the sweep
+    made: Mapping[str, str | None] = field(default_factory=dict)  # command and commit that began the sweep
 
     @property
     def folder(self) -> Location:
@@ -80,8 +81,8 @@ def _lineage(parent: Bundle, store: Store, job: Job) -> dict[str, Any]:
     """Of the sweep. What serving goes by stays in its place; what else is known of the parent is under `before`."""
     before = dict(parent.manifest.lineage)
     kept = {name: before.pop(name) for name in _OF_SERVING if name in before}
-    here = {"parent": parent.uri, "dataset": store.fingerprint, "command": job.command, "seed": job.seed}
-    return kept | here | {"before": before}
+    here = {"parent": parent.uri, "dataset": store.fingerprint, "seed": job.seed, "split": to_mapping(job.split)}
+    return kept | dict(job.made) | here | {"before": before}
 
 
 def _compressed(recipe: Recipe, parent: Bundle, store: Store, job: Job, report: Report) -> Network:

@@ -71,7 +71,7 @@ def _searched(config: SweepConfig, search: Optuna, job: Job, progress: Progress,
     names = [_measured_name(name) for name in config.objectives]
     modes = [direction(name) for name in config.objectives]
     chosen = _scheduled(config) | {
-        "search_alg": OptunaSearch(metric=names, mode=modes, seed=search.seed),
+        "search_alg": _Search(metric=names, mode=modes, seed=search.seed),
         "num_samples": search.trials,
     }
     rows: dict[str, Row] = {}
@@ -79,6 +79,14 @@ def _searched(config: SweepConfig, search: Optuna, job: Job, progress: Progress,
         name = label(_recipe(result.config, config.axes)) if result.config else "unknown"
         rows[name] = _row(name, result)
     return [row for name, row in rows.items() if name not in known]
+
+
+class _Search(OptunaSearch):  # type: ignore[misc]
+    """Of a trial that was stopped Optuna hears that it was; half of its objectives are no answer."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        whole = result is not None and all(name in result for name in self.metric)
+        super().on_trial_complete(trial_id, result if whole else None, error)
 
 
 def _measured_name(objective: str) -> str:

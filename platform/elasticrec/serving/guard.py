@@ -32,6 +32,7 @@ from elasticrec.serving.api.problems import (
 from elasticrec.serving.audit import Audit, shown
 from elasticrec.serving.auth import KeyRing, StoredKey, key_in, scope_of
 from elasticrec.serving.deadline import DEADLINE_S, MAX_TIMEOUT_MS, deadline_in
+from elasticrec.serving.deadline import HEADER as DEADLINE_HEADER
 from elasticrec.serving.parameters import require_once
 from elasticrec.serving.rate import Rate
 from elasticrec.serving.watch import Watch
@@ -40,6 +41,7 @@ from elasticrec.serving.watch import Watch
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json", *console.PATHS})
 # Thousands of answers take longer than one, and so does a version that all replicas load and check.
 BULK_PATHS = frozenset({"/v1/recommend:batch", "/v1/admin/versions"})
+_MODEL_PATHS: Final = frozenset({"/v1/recommend", "/v1/search"})  # by which it is told how long the model takes
 _MEASURED_PATHS: Final = frozenset({"/v1/recommend", "/v1/recommend:batch", "/v1/events", "/v1/search"})
 NOBODY: Final = "nobody"  # who calls where no keys are configured
 _MAX_DRAINED_BYTES = 64 * MAX_BODY_BYTES
@@ -93,6 +95,7 @@ class Guard:
         self._watch.ledger.level(IN_FLIGHT, lambda: self.in_flight)
         self._admission = Admission(self._protection.max_in_flight, self._protection.timeout_ms / 1e3)
         self.in_flight = 0
+        self._asked = 0  # of the model, by one user each
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -149,28 +152,49 @@ class Guard:
         now_s = time.monotonic()
         default_ms = MAX_TIMEOUT_MS if path in BULK_PATHS else self._protection.timeout_ms
         deadline_s = deadline_in(headers, default_ms, now_s)
-        if self.in_flight >= self._admission.limit:
-            self._watch.refused("room")
-            raise OverloadedError("this replica works on as many requests as it may; come again")
+        asks = path in _MODEL_PATHS
+        self._require_room(asks, now_s)
         self.in_flight += 1
         token = DEADLINE_S.set(deadline_s)
         try:
             async with asyncio.timeout(deadline_s - now_s + _GRACE_S):
-                await self._pass_on(scope, receive, marked)
+                await self._pass_on(scope, receive, marked, asks=asks)
         except TimeoutError:
             if not marked.status:
                 raise DeadlineError("the time that the request allowed is over; it may still have its effect") from None
         finally:
             DEADLINE_S.reset(token)
             self.in_flight -= 1
-            if path not in BULK_PATHS:
-                ended_s = time.monotonic()
-                self._admission.answered(ended_s - now_s, ended_s)
+            if asks and headers.get(DEADLINE_HEADER) is None and marked.read_s is not None:
+                self._learn(marked.status, marked.read_s)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, marked: "_Marked") -> None:
+    def _require_room(self, asks: bool, now_s: float) -> None:
+        """Raises OverloadedError. `asks`: of the model."""
+        full = self.in_flight >= self._protection.max_in_flight
+        if full or (asks and self._asked >= self._admission.limit(now_s)):
+            self._watch.refused("room")
+            raise OverloadedError("this replica works on as many requests as it may; come again")
+
+    def _learn(self, status: int, read_s: float) -> None:
+        """From callers with as much patience as others, and from what was answered or came too late: neither a slow
+        client nor a mistaken one decides how many are let in."""
+        if status in (0, 200, DeadlineError.status):  # 0: there was no answer in time
+            ended_s = time.monotonic()
+            self._admission.answered(ended_s - read_s, ended_s)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, marked: "_Marked", *, asks: bool = False) -> None:
         body = await _read_body(receive)
-        if body is not None:
+        if body is None:
+            return
+        marked.read_s = time.monotonic()
+        if asks and self._asked >= self._admission.limit(marked.read_s):  # others came while the body did
+            self._watch.refused("room")
+            raise OverloadedError("this replica asks its model for as much as it may; come again")
+        self._asked += asks
+        try:
             await self._app(scope, _replay(body, receive), marked)
+        finally:
+            self._asked -= asks
 
     def _find_key(self, headers: dict[bytes, bytes]) -> StoredKey | None:
         """Whose call it is; none where no keys are configured. Raises UnauthorizedError without a key that is known."""
@@ -208,6 +232,7 @@ class _Marked:
         self.request_id = request_id
         self._path = path
         self.status = 0
+        self.read_s: float | None = None  # when the body had come, of time.monotonic()
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":

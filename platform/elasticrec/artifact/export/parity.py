@@ -49,8 +49,16 @@ def compare(network: Network, exported: Scores, history: History, *, any_batch: 
 
 
 def best(score_BI: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """The K best items of each row, best first: int64 (B, K)."""
-    return np.argsort(-score_BI, axis=1, kind="stable")[:, :K]
+    """The K best items of each row, best first, of equal ones the smaller index: int64 (B, K)."""
+    return np.stack([_best(score_I) for score_I in score_BI])
+
+
+def _best(score_I: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """Of a row; only what may be among the best is put in order, as there may be a million items."""
+    if len(score_I) <= K or np.isnan(score_I).any():
+        return np.argsort(-score_I, kind="stable")[:K]
+    index_N = np.flatnonzero(score_I >= np.partition(score_I, -K)[-K])
+    return index_N[np.argsort(-score_I[index_N], kind="stable")[:K]]
 
 
 def arrays(history: History) -> dict[str, npt.NDArray[Any]]:
