@@ -1,4 +1,4 @@
-"""How many requests a replica asks its model for, by how long answers take."""
+"""How many requests a replica lets in, by how long answers of its model take."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""How long answers take in; how many requests may be asked of the model at once, out. Pure: the time is given.
+"""How long answers take in; how many requests may be under way at once, out. Pure: the time is given.
 
 A replica that is asked for more than it can spends its time on refusals, and those whom it let in come to their
 deadlines. So it lets fewer in while answers take long, and more again as time goes by: additive increase and
@@ -12,7 +12,7 @@ LATE: Final = 0.25  # of the time that is allowed: an answer that took so long t
 LATE_S: Final = 0.1  # and at least so long
 BACK_OFF: Final = 0.75
 LEAST: Final = 8  # a batch is made of those who wait
-RECOVERY_S: Final = 10.0  # until all are let in again, from none
+RECOVERY_S: Final = 20.0  # until all are let in again, from none
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class Admission:
     _cut_s: float = float("-inf")
 
     def limit(self, now_s: float) -> int:
-        """Requests that may be asked of the model at once."""
+        """Requests that may be under way at once."""
         return int(min(float(self.most), self._limit + (now_s - self._cut_s) * self.most / RECOVERY_S))
 
     def answered(self, took_s: float, now_s: float) -> None:

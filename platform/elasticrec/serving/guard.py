@@ -95,7 +95,7 @@ class Guard:
         self._watch.ledger.level(IN_FLIGHT, lambda: self.in_flight)
         self._admission = Admission(self._protection.max_in_flight, self._protection.timeout_ms / 1e3)
         self.in_flight = 0
-        self._asked = 0  # of the model, by one user each
+        self._single = 0  # of those whose body has come, but for bulk
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -152,26 +152,26 @@ class Guard:
         now_s = time.monotonic()
         default_ms = MAX_TIMEOUT_MS if path in BULK_PATHS else self._protection.timeout_ms
         deadline_s = deadline_in(headers, default_ms, now_s)
-        asks = path in _MODEL_PATHS
-        self._require_room(asks, now_s)
+        single = path not in BULK_PATHS
+        self._require_room(single, now_s)
         self.in_flight += 1
         token = DEADLINE_S.set(deadline_s)
         try:
             async with asyncio.timeout(deadline_s - now_s + _GRACE_S):
-                await self._pass_on(scope, receive, marked, asks=asks)
+                await self._pass_on(scope, receive, marked, single=single)
         except TimeoutError:
             if not marked.status:
                 raise DeadlineError("the time that the request allowed is over; it may still have its effect") from None
         finally:
             DEADLINE_S.reset(token)
             self.in_flight -= 1
-            if asks and headers.get(DEADLINE_HEADER) is None and marked.read_s is not None:
+            if path in _MODEL_PATHS and headers.get(DEADLINE_HEADER) is None and marked.read_s is not None:
                 self._learn(marked.status, marked.read_s)
 
-    def _require_room(self, asks: bool, now_s: float) -> None:
-        """Raises OverloadedError. `asks`: of the model."""
+    def _require_room(self, single: bool, now_s: float) -> None:
+        """Raises OverloadedError; `single` ones leave room sooner."""
         full = self.in_flight >= self._protection.max_in_flight
-        if full or (asks and self._asked >= self._admission.limit(now_s)):
+        if full or (single and self._single >= self._admission.limit(now_s)):
             self._watch.refused("room")
             raise OverloadedError("this replica works on as many requests as it may; come again")
 
@@ -182,19 +182,19 @@ class Guard:
             ended_s = time.monotonic()
             self._admission.answered(ended_s - read_s, ended_s)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, marked: "_Marked", *, asks: bool = False) -> None:
+    async def _pass_on(self, scope: Scope, receive: Receive, marked: "_Marked", *, single: bool = False) -> None:
         body = await _read_body(receive)
         if body is None:
             return
         marked.read_s = time.monotonic()
-        if asks and self._asked >= self._admission.limit(marked.read_s):  # others came while the body did
+        if single and self._single >= self._admission.limit(marked.read_s):  # others came while the body did
             self._watch.refused("room")
-            raise OverloadedError("this replica asks its model for as much as it may; come again")
-        self._asked += asks
+            raise OverloadedError("this replica works on as many requests as it may; come again")
+        self._single += single
         try:
             await self._app(scope, _replay(body, receive), marked)
         finally:
-            self._asked -= asks
+            self._single -= single
 
     def _find_key(self, headers: dict[bytes, bytes]) -> StoredKey | None:
         """Whose call it is; none where no keys are configured. Raises UnauthorizedError without a key that is known."""
