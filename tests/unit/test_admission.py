@@ -57,12 +57,13 @@ class Service:
     """A guard before an app that takes `took_s` and answers by `status`."""
 
     def __init__(self, timeout_ms: float = 1e3 * ALLOWED_S) -> None:
-        self.took_s, self.status = 0.0, 200
+        self.took_s, self.status, self.sending_s = 0.0, 200, 0.0
         self.guard = Guard(self._app, None, Protection(max_in_flight=16, timeout_ms=timeout_ms))
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(self.took_s)
         await send({"type": "http.response.start", "status": self.status, "headers": []})
+        await asyncio.sleep(self.sending_s)
         await send({"type": "http.response.body", "body": b""})
 
     async def ask(self, path: str, *, headers: list[tuple[bytes, bytes]], body_s: float) -> int:
@@ -116,6 +117,7 @@ def test_replicas_refuse_sooner_while_their_answers_take_long(monkeypatch: pytes
         {"headers": [(b"x-request-timeout-ms", b"60000")]},
         {"headers": [(b"x-request-timeout-ms", b"1")]},
         {"body_s": LATE_ANSWER_S + 0.05, "took_s": 0.0},
+        {"sending_s": LATE_ANSWER_S + 0.05, "took_s": 0.0},
         {"status": 422},
         {"status": 500},
     ],
@@ -127,8 +129,9 @@ def test_what_tells_nothing_of_the_model_shuts_nobody_out(
     async def scenario() -> None:
         service = Service()
         service.took_s, service.status = what.pop("took_s", LATE_ANSWER_S + 0.05), what.pop("status", 200)
+        service.sending_s = what.pop("sending_s", 0.0)
         await service.statuses(16, **what)
-        service.took_s, service.status = 0.0, 200
+        service.took_s, service.status, service.sending_s = 0.0, 200, 0.0
         assert await service.statuses(16) == [200] * 16
 
     monkeypatch.setattr("elasticrec.serving.admission.RECOVERY_S", 1e6)

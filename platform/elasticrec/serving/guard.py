@@ -165,8 +165,8 @@ class Guard:
         finally:
             DEADLINE_S.reset(token)
             self.in_flight -= 1
-            if path in _MODEL_PATHS and headers.get(DEADLINE_HEADER) is None and marked.read_s is not None:
-                self._learn(marked.status, marked.read_s)
+            if path in _MODEL_PATHS and headers.get(DEADLINE_HEADER) is None:
+                self._learn(marked)
 
     def _require_room(self, single: bool, now_s: float) -> None:
         """Raises OverloadedError; `single` ones leave room sooner."""
@@ -175,12 +175,12 @@ class Guard:
             self._watch.refused("room")
             raise OverloadedError("this replica works on as many requests as it may; come again")
 
-    def _learn(self, status: int, read_s: float) -> None:
-        """From callers with as much patience as others, and from what was answered or came too late: neither a slow
-        client nor a mistaken one decides how many are let in."""
-        if status in (0, 200, DeadlineError.status):  # 0: there was no answer in time
-            ended_s = time.monotonic()
-            self._admission.answered(ended_s - read_s, ended_s)
+    def _learn(self, marked: "_Marked") -> None:
+        """From callers with as much patience as others, and from what was answered or came too late. A client that is
+        slow to send or to read, or mistaken, does not decide how many are let in."""
+        if marked.read_s is not None and marked.status in (0, 200, DeadlineError.status):  # 0: no answer in time
+            ended_s = marked.told_s or time.monotonic()
+            self._admission.answered(ended_s - marked.read_s, ended_s)
 
     async def _pass_on(self, scope: Scope, receive: Receive, marked: "_Marked", *, single: bool = False) -> None:
         body = await _read_body(receive)
@@ -233,10 +233,11 @@ class _Marked:
         self._path = path
         self.status = 0
         self.read_s: float | None = None  # when the body had come, of time.monotonic()
+        self.told_s: float | None = None  # when the answer began
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status, self.told_s = message["status"], time.monotonic()
             given = list(message.get("headers", ()))
             names = {name.lower() for name, _ in given}
             given += [(b"x-request-id", self.request_id.encode()), *_SECURITY]
