@@ -153,7 +153,7 @@ class Guard:
         default_ms = MAX_TIMEOUT_MS if path in BULK_PATHS else self._protection.timeout_ms
         deadline_s = deadline_in(headers, default_ms, now_s)
         single = path not in BULK_PATHS
-        self._require_room(single, now_s)
+        self._require(self.in_flight < self._protection.max_in_flight and self._lets_in(single, now_s))
         self.in_flight += 1
         token = DEADLINE_S.set(deadline_s)
         try:
@@ -168,10 +168,12 @@ class Guard:
             if path in _MODEL_PATHS and headers.get(DEADLINE_HEADER) is None:
                 self._learn(marked)
 
-    def _require_room(self, single: bool, now_s: float) -> None:
-        """Raises OverloadedError; `single` ones leave room sooner."""
-        full = self.in_flight >= self._protection.max_in_flight
-        if full or (single and self._single >= self._admission.limit(now_s)):
+    def _lets_in(self, single: bool, now_s: float) -> bool:
+        """What is not bulk leaves room sooner."""
+        return not single or self._single < self._admission.limit(now_s)
+
+    def _require(self, room: bool) -> None:
+        if not room:
             self._watch.refused("room")
             raise OverloadedError("this replica works on as many requests as it may; come again")
 
@@ -187,9 +189,7 @@ class Guard:
         if body is None:
             return
         marked.read_s = time.monotonic()
-        if single and self._single >= self._admission.limit(marked.read_s):  # others came while the body did
-            self._watch.refused("room")
-            raise OverloadedError("this replica works on as many requests as it may; come again")
+        self._require(self._lets_in(single, marked.read_s))  # others came while the body did
         self._single += single
         try:
             await self._app(scope, _replay(body, receive), marked)
