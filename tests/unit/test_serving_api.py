@@ -21,13 +21,16 @@ from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.serving.api.limits import MAX_BODY_BYTES
 from elasticrec.serving.auth import KeyRing, create_key
+from elasticrec.serving.deadline import MAX_TIMEOUT_MS
 from elasticrec.serving.events import SqliteConfig, SqliteEventStore
 from elasticrec.serving.gateway import Service, create_app, in_thread
+from elasticrec.serving.guard import Protection
 from elasticrec.serving.history import Request
 from elasticrec.serving.postprocess import Recommendation
 from elasticrec.serving.recommender import Recommender
 
 N_ITEMS = 30
+PATIENT = Protection(timeout_ms=MAX_TIMEOUT_MS)  # a machine may stand still for seconds; deadlines have tests of theirs
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def app(service: Service) -> FastAPI:
-    return create_app(service, keys=None)
+    return create_app(service, None, PATIENT)
 
 
 def call(app: FastAPI, method: str, path: str, *, root_path: str = "", **options: Any) -> httpx.Response:
@@ -365,7 +368,7 @@ def test_a_key_is_asked_for_everywhere_but_for_health_and_documentation(
     service: Service, tmp_path: Path, root_path: str
 ) -> None:
     key = create_key(tmp_path / "keys.json", "shop")
-    app = create_app(service, KeyRing(tmp_path / "keys.json"))
+    app = create_app(service, KeyRing(tmp_path / "keys.json"), PATIENT)
     body = {"user_id": "ann"}
     for path in ("/v1/recommend", "/v1/events", "/v1/items/i1", "/v1/nothing", "/nothing", "/", "/docs/x"):
         for headers in ({}, {"authorization": "Bearer er_wrong"}, {"authorization": f"Basic {key}"}):
@@ -383,5 +386,5 @@ def test_a_key_is_asked_for_everywhere_but_for_health_and_documentation(
 
 def test_without_a_key_not_even_the_body_is_looked_at(service: Service, tmp_path: Path) -> None:
     create_key(tmp_path / "keys.json", "shop")
-    app = create_app(service, KeyRing(tmp_path / "keys.json"))
+    app = create_app(service, KeyRing(tmp_path / "keys.json"), PATIENT)
     assert_problem(call(app, "POST", "/v1/recommend", content=b"x" * 2_000_000), 401, "unauthorized")

@@ -18,8 +18,10 @@ from elasticrec.artifact.bundle import write_bundle
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.serving.auth import KeyRing, create_key
+from elasticrec.serving.deadline import MAX_TIMEOUT_MS
 from elasticrec.serving.events import SqliteConfig, SqliteEventStore
 from elasticrec.serving.gateway import Service, create_app, in_thread
+from elasticrec.serving.guard import Protection
 from elasticrec.serving.items import SqliteItemStore
 from elasticrec.serving.recommender import Recommender
 
@@ -53,7 +55,9 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             items=changes,
             event_thread=event_thread,
         )
-        document = schemathesis.openapi.from_asgi("/openapi.json", create_app(service, KeyRing(folder / "keys.json")))
+        patient = Protection(timeout_ms=MAX_TIMEOUT_MS)  # a machine may stand still for seconds: that is no 5xx of ours
+        app = create_app(service, KeyRing(folder / "keys.json"), patient)
+        document = schemathesis.openapi.from_asgi("/openapi.json", app)
         document.config.update(headers={"authorization": f"Bearer {key}"})
         yield document
     store.close()

@@ -22,14 +22,17 @@ from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.serving.api.limits import MAX_OFFSET
 from elasticrec.serving.caching import matches, takes_gzip
 from elasticrec.serving.cursor import encode_cursor
+from elasticrec.serving.deadline import MAX_TIMEOUT_MS
 from elasticrec.serving.events import SqliteConfig, SqliteEventStore
 from elasticrec.serving.gateway import Service, create_app, in_thread
+from elasticrec.serving.guard import Protection
 from elasticrec.serving.history import Background
 from elasticrec.serving.items import SqliteItemStore, StoredItem
 from elasticrec.serving.postprocess import Postprocess
 from elasticrec.serving.recommender import Recommender
 
 N_ITEMS = 50
+PATIENT = Protection(timeout_ms=MAX_TIMEOUT_MS)  # a machine may stand still for seconds; deadlines have tests of theirs
 WORDS = ["amber", "birch", "cedar", "delta", "maple"]
 
 
@@ -63,9 +66,8 @@ def serve(folder: Path, bundle: Bundle) -> Iterator[FastAPI]:
     model = Recommender(bundle, store, items=items)
     with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(1) as event_thread:
         recommend = in_thread(model.recommend, thread)
-        yield create_app(
-            Service(model=model, recommend=recommend, events=store, items=items, event_thread=event_thread), None
-        )
+        service = Service(model=model, recommend=recommend, events=store, items=items, event_thread=event_thread)
+        yield create_app(service, None, PATIENT)
     store.close()
     items.close()
 
