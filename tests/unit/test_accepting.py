@@ -2,10 +2,14 @@
 
 import asyncio
 import socket
-from typing import cast
+from typing import Literal, cast
 
+import httpx
 import pytest
+import uvicorn
 import uvloop
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from elasticrec.serving.accepting import accept_all
 
@@ -77,3 +81,32 @@ def test_a_server_of_an_address_is_made_as_before(given: dict[str, object]) -> N
         await server.wait_closed()
 
     uvloop.run(make())
+
+
+@pytest.mark.parametrize("protocol", ["h11", "httptools"])
+def test_every_connection_of_uvicorn_goes_through_what_stands_before_its_app(
+    protocol: Literal["h11", "httptools"],
+) -> None:
+    """Of those that libuv accepts and of those that are accepted along with them."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("the app was asked")
+
+    def before(_app: ASGIApp) -> ASGIApp:
+        return Response("refused", 429)
+
+    async def ask_all_at_once() -> set[int]:
+        loop = asyncio.get_running_loop()
+        accept_all(loop, before)
+        config = uvicorn.Config(app, http=protocol, lifespan="off", log_config=None)
+        server = uvicorn.Server(config)
+        with socket.create_server(("127.0.0.1", 0), backlog=CALLERS) as listener:
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+            async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
+                answers = await asyncio.gather(*(client.get(url) for _ in range(CALLERS)))
+            server.should_exit = True
+            await serving
+        return {answer.status_code for answer in answers}
+
+    assert uvloop.run(ask_all_at_once()) == {429}

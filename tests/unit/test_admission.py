@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope, Send
 
+from elasticrec.monitoring.series import REFUSED, REQUESTS
 from elasticrec.serving.admission import BACK_OFF, LATE, LATE_S, LEAST, RECOVERY_S, Admission
+from elasticrec.serving.auth import KeyRing, create_key
+from elasticrec.serving.door import Door
 from elasticrec.serving.guard import Guard, Protection
+from elasticrec.serving.meter import Meter
 
 ALLOWED_S = 2.0
 LATE_ANSWER_S = LATE * ALLOWED_S
@@ -56,17 +61,35 @@ def test_it_lets_some_in_and_never_more_than_it_may(most: int, answers: list[tup
 class Service:
     """A guard before an app that takes `took_s` and answers by `status`."""
 
-    def __init__(self, timeout_ms: float = 1e3 * ALLOWED_S) -> None:
+    def __init__(self, timeout_ms: float = 1e3 * ALLOWED_S, keys: KeyRing | None = None) -> None:
         self.took_s, self.status, self.sending_s = 0.0, 200, 0.0
-        self.guard = Guard(self._app, None, Protection(max_in_flight=16, timeout_ms=timeout_ms))
+        self.asked, self.passed, self.meter, door = 0, 0, Meter(), Door()
+        protection = Protection(max_in_flight=16, timeout_ms=timeout_ms)
+        self.guard = Guard(self._app, keys, protection, meter=self.meter, door=door)
+        self._entrance = door.before(self._between)
+
+    async def _between(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What Ray does with a request before our app hears of it."""
+        self.passed += 1
+        await self.guard(scope, receive, send)
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.asked += 1
         await asyncio.sleep(self.took_s)
         await send({"type": "http.response.start", "status": self.status, "headers": []})
         await asyncio.sleep(self.sending_s)
         await send({"type": "http.response.body", "body": b""})
 
-    async def ask(self, path: str, *, headers: list[tuple[bytes, bytes]], body_s: float) -> int:
+    async def ask(
+        self,
+        path: str,
+        *,
+        headers: list[tuple[bytes, bytes]],
+        body_s: float,
+        method: str = "POST",
+        outside: bool = False,
+    ) -> int:
+        """`outside`: as it comes to the door, not to the guard."""
         told: list[int] = []
 
         async def receive() -> Message:
@@ -78,7 +101,7 @@ class Service:
                 told.append(message["status"])
 
         scope: Any = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
-        await self.guard(scope, receive, send)
+        await (self._entrance if outside else self.guard)(scope, receive, send)
         return told[0]
 
     async def statuses(
@@ -162,3 +185,52 @@ def test_what_comes_too_late_is_late() -> None:
         assert service.guard._admission.limit(time.monotonic()) < 16
 
     asyncio.run(scenario())
+
+
+async def at_the_door_of_a_full_house(
+    service: Service, *asked: dict[str, Any], headers: list[tuple[bytes, bytes]] | None = None
+) -> list[int]:
+    """What each is told who comes while as many are in as may be; these have `headers`."""
+    service.took_s = 0.5
+    crowd = asyncio.create_task(service.statuses(16, headers=headers))
+    while service.asked < 16:
+        await asyncio.sleep(0.01)
+    told = [await service.ask(**{"headers": [], "body_s": 0.0, "outside": True} | one) for one in asked]
+    assert await crowd == [200] * 16
+    return told
+
+
+@pytest.mark.parametrize("path", ["/v1/recommend", "/v1/events", "/v1/search", "/shop/v1/recommend"])
+def test_who_finds_no_room_is_told_so_at_the_door(path: str) -> None:
+    async def scenario() -> None:
+        service, one = Service(), {"path": path}
+        assert await at_the_door_of_a_full_house(service, one, one) == [429, 429]
+        assert (service.passed, service.asked) == (0, 16)
+        assert service.meter.stats()["waiting"] == 2
+        added = service.guard._watch.ledger.turn().added
+        assert added[REFUSED, ("room",)] == 2
+        assert added[REQUESTS, (path.removeprefix("/shop"), "429")] == 2
+        service.took_s = 0.0
+        assert await service.ask(path, headers=[], body_s=0.0, outside=True) == 200
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "path", ["/-/healthz", "/-/routes", "/healthz", "/shop/healthz", "/readyz", "/v1/admin/replica"]
+)
+def test_the_door_is_open_to_what_a_crowd_does_not_ask(path: str) -> None:
+    service = Service()
+    asyncio.run(at_the_door_of_a_full_house(service, {"path": path}))
+    assert service.passed == 1
+
+
+def test_who_may_not_ask_hears_that_and_not_that_there_is_no_room(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    reads, writes = create_key(file, "shop", ("read",)), create_key(file, "till", ("events",))
+    service = Service(keys=KeyRing(file))
+    reader, writer, stranger = ([(b"x-api-key", key.encode())] for key in (reads, writes, "er_wrong"))
+    asked = [{"path": "/v1/recommend", "headers": headers} for headers in (reader, writer, stranger, [])]
+    told = asyncio.run(at_the_door_of_a_full_house(service, *asked, headers=reader))
+    assert told == [429, 403, 401, 401]
+    assert service.passed == 3

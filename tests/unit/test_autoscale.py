@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from elasticrec.errors import ConfigError
 from elasticrec.serving.autoscale import LatencyPolicy, Load, Targets, load_of, replicas_for
-from elasticrec.serving.meter import WINDOW_S, Meter
+from elasticrec.serving.meter import TURNED_AWAY_S, WINDOW_S, Meter
 
 TARGETS = Targets(latency_ms=100, waiting=32)
 
@@ -96,6 +96,18 @@ def test_a_meter_tells_of_the_last_seconds() -> None:
     now[0] = WINDOW_S + 1
     meter.observe(3.0)
     assert meter.stats()["latency_ms"] == 3.0
+
+
+def test_whoever_was_turned_away_counts_as_one_who_waits() -> None:
+    """A replica that lets few in has quick answers and nobody behind its batch, however many come."""
+    now = [0.0]
+    meter = Meter(waiting=lambda: 7, now_s=lambda: now[0])
+    for _ in range(100):
+        meter.turned_away()
+    assert meter.stats()["waiting"] == 107.0
+    assert replicas_for(load(1, latency_ms=20, waiting=meter.stats()["waiting"]), TARGETS, least=1, most=4) == 2
+    now[0] = TURNED_AWAY_S + 0.1
+    assert meter.stats()["waiting"] == 7.0
 
 
 @pytest.mark.parametrize("bad", [{"latency_ms": 0}, {"waiting": 0}, {"shrink_below": 1}])

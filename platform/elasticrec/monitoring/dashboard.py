@@ -100,6 +100,7 @@ ROWS: Final[tuple[tuple[str, tuple[Panel, ...]], ...]] = (
                 "none",
                 (f"sum ({series.WAITING.select()})", "waiting"),
                 (f"sum ({series.IN_FLIGHT.select()})", "in flight"),
+                (f"sum ({series.ADMITTED.select()})", "let in at most"),
             ),
             _panel(
                 "Items not to be returned, for each answer",

@@ -98,6 +98,7 @@ REQUESTS = _counter("requests", "requests", "HTTP requests by route and status",
 REQUEST_MS = _milliseconds("request_ms", "from a request's headers to the end of its answer", "route")
 REFUSED = _counter("refused", "requests", "refused for a key, its scope, its rate, room, a full queue", "reason")
 IN_FLIGHT = _gauge("in_flight", "requests", "requests that a replica works on or holds back")
+ADMITTED = _gauge("admitted", "requests", "requests that a replica lets in at once, by how long its answers take")
 
 # Answers
 WAITING = _gauge("waiting", "requests", "requests behind the running batch of a replica")

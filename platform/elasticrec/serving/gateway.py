@@ -35,6 +35,7 @@ from elasticrec.serving.auth import KeyRing
 from elasticrec.serving.batcher import Batcher
 from elasticrec.serving.console import console
 from elasticrec.serving.document import documented
+from elasticrec.serving.door import Door
 from elasticrec.serving.events import EventStoreError, StoredEvent
 from elasticrec.serving.guard import Guard, ProblemResponse, Protection, respond
 from elasticrec.serving.history import Request
@@ -83,8 +84,13 @@ def in_thread(
     return run
 
 
-def create_app(service: Service, keys: KeyRing | None, protection: Protection | None = None) -> FastAPI:
-    """The API. Without keys every caller may do everything: the address must then be a loopback one."""
+def create_app(
+    service: Service, keys: KeyRing | None, protection: Protection | None = None, door: Door | None = None
+) -> FastAPI:
+    """The API. Without keys every caller may do everything: the address must then be a loopback one.
+
+    `door`: kept by this app's guard from the first request on.
+    """
     app = FastAPI(
         title="elasticrec",
         version=__version__,
@@ -100,7 +106,7 @@ def create_app(service: Service, keys: KeyRing | None, protection: Protection | 
     app.include_router(_health(service))
     _add_problems(app)
     app.openapi = documented(app)  # type: ignore[method-assign]
-    app.add_middleware(Guard, keys=keys, protection=protection, watch=service.watch)
+    app.add_middleware(Guard, keys=keys, protection=protection, watch=service.watch, meter=service.meter, door=door)
     return app
 
 

@@ -17,7 +17,7 @@ from starlette._utils import get_route_path  # what the router matches: both mus
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from elasticrec.monitoring.series import IN_FLIGHT
+from elasticrec.monitoring.series import ADMITTED, IN_FLIGHT
 from elasticrec.serving import console
 from elasticrec.serving.admission import Admission
 from elasticrec.serving.api.limits import MAX_BODY_BYTES
@@ -33,6 +33,8 @@ from elasticrec.serving.audit import Audit, shown
 from elasticrec.serving.auth import KeyRing, StoredKey, key_in, scope_of
 from elasticrec.serving.deadline import DEADLINE_S, MAX_TIMEOUT_MS, deadline_in
 from elasticrec.serving.deadline import HEADER as DEADLINE_HEADER
+from elasticrec.serving.door import Door
+from elasticrec.serving.meter import Meter
 from elasticrec.serving.parameters import require_once
 from elasticrec.serving.rate import Rate
 from elasticrec.serving.watch import Watch
@@ -41,6 +43,7 @@ from elasticrec.serving.watch import Watch
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json", *console.PATHS})
 # Thousands of answers take longer than one, and so does a version that all replicas load and check.
 BULK_PATHS = frozenset({"/v1/recommend:batch", "/v1/admin/versions"})
+_CROWDED_PATHS: Final = ("/v1/recommend", "/v1/events", "/v1/search")
 _MODEL_PATHS: Final = frozenset({"/v1/recommend", "/v1/search"})  # by which it is told how long the model takes
 _MEASURED_PATHS: Final = frozenset({"/v1/recommend", "/v1/recommend:batch", "/v1/events", "/v1/search"})
 NOBODY: Final = "nobody"  # who calls where no keys are configured
@@ -55,6 +58,7 @@ _SECURITY: Final = (
 )
 _NEVER_STORED: Final = (b"cache-control", b"no-store")
 _LOGGER = logging.getLogger("ray.serve")
+_FULL: Final = "this replica works on as many requests as it may; come again"
 _NO_SCRIPTS: Final = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")  # /docs has its own
 
 
@@ -72,6 +76,9 @@ def respond(error: ApiError) -> ProblemResponse:
     return ProblemResponse(error.problem(), dict(error.headers))
 
 
+_NO_ROOM: Final = respond(OverloadedError(_FULL))  # made once, sent to many
+
+
 @dataclass(frozen=True, kw_only=True)
 class Protection:
     """What a service allows its callers."""
@@ -86,7 +93,13 @@ class Guard:
     """ASGI middleware: what is refused is refused before the body is parsed, most of it before it is read."""
 
     def __init__(
-        self, app: ASGIApp, keys: KeyRing | None, protection: Protection | None = None, watch: Watch | None = None
+        self,
+        app: ASGIApp,
+        keys: KeyRing | None,
+        protection: Protection | None = None,
+        watch: Watch | None = None,
+        meter: Meter | None = None,
+        door: Door | None = None,
     ) -> None:
         self._app = app
         self._keys = keys
@@ -96,6 +109,28 @@ class Guard:
         self._admission = Admission(self._protection.max_in_flight, self._protection.timeout_ms / 1e3)
         self.in_flight = 0
         self._single = 0  # of those whose body has come, but for bulk
+        self._meter = meter or Meter()
+        self._watch.ledger.level(ADMITTED, lambda: self._admission.limit(time.monotonic()))
+        if door is not None:
+            door.turn_away = self.turn_away
+
+    async def turn_away(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Refuses a request for which there is no room before anything is done for it, and says whether it did.
+
+        Paths that many ask, of callers that may: everything else is told further in, where it is looked at closer.
+        """
+        path = next((path for path in _CROWDED_PATHS if scope.get("path", "").endswith(path)), None)
+        if path is None or scope["type"] != "http" or self._has_room(True, time.monotonic()):
+            return False
+        headers = dict(scope["headers"])
+        try:
+            _require_scope(self._find_key(headers), scope["method"], path)
+        except ApiError:
+            return False
+        self._count_refusal()
+        self._watch.request(path, OverloadedError.status, 0.0)
+        await _NO_ROOM(scope, receive, _Marked(send, _request_id(headers), path))
+        return True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -118,6 +153,7 @@ class Guard:
             await self._in_time(scope, receive, marked, headers, path)
             if marked.status == OverloadedError.status:
                 self._watch.refused("queue")
+                self._meter.turned_away()
         except ApiError as error:
             if isinstance(error, UnauthorizedError):  # whoever has no key must not fill the audit
                 self._watch.refused("key")
@@ -153,7 +189,7 @@ class Guard:
         default_ms = MAX_TIMEOUT_MS if path in BULK_PATHS else self._protection.timeout_ms
         deadline_s = deadline_in(headers, default_ms, now_s)
         single = path not in BULK_PATHS
-        self._require(self.in_flight < self._protection.max_in_flight and self._lets_in(single, now_s))
+        self._require(self._has_room(single, now_s))
         self.in_flight += 1
         token = DEADLINE_S.set(deadline_s)
         try:
@@ -168,14 +204,21 @@ class Guard:
             if path in _MODEL_PATHS and headers.get(DEADLINE_HEADER) is None:
                 self._learn(marked)
 
+    def _has_room(self, single: bool, now_s: float) -> bool:
+        return self.in_flight < self._protection.max_in_flight and self._lets_in(single, now_s)
+
     def _lets_in(self, single: bool, now_s: float) -> bool:
         """What is not bulk leaves room sooner."""
         return not single or self._single < self._admission.limit(now_s)
 
     def _require(self, room: bool) -> None:
         if not room:
-            self._watch.refused("room")
-            raise OverloadedError("this replica works on as many requests as it may; come again")
+            self._count_refusal()
+            raise OverloadedError(_FULL)
+
+    def _count_refusal(self) -> None:
+        self._watch.refused("room")
+        self._meter.turned_away()
 
     def _learn(self, marked: "_Marked") -> None:
         """From callers with as much patience as others, and from what was answered or came too late. A client that is

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp
 from elasticrec.serving.accepting import accept_all
 from elasticrec.serving.arguments import Args
 from elasticrec.serving.auth import KeyRing
+from elasticrec.serving.door import Door
 from elasticrec.serving.events import EventStore
 from elasticrec.serving.following import follow, in_turn
 from elasticrec.serving.gateway import Service, create_app
@@ -33,7 +34,8 @@ class HttpReplica:
     ) -> None:
         """`load`: opens a bundle, in a thread. `of_service`: fields of Service that the topology decides."""
         short_turns()
-        accept_all(asyncio.get_running_loop())  # Ray makes the server on it, later
+        door = Door()
+        accept_all(asyncio.get_running_loop(), door.before)  # Ray makes the server on it, later
         watch = watch_of(args.how)
         self._versions = Versions(in_turn(load, lambda: self._versions.answers, lock_of_host()), watch)
         service = Service(
@@ -53,7 +55,7 @@ class HttpReplica:
             watch=watch,
             **of_service,
         )
-        self._app = create_app(service, keys, protection_of(args))
+        self._app = create_app(service, keys, protection_of(args), door)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         await follow(self._versions.apply(Rollout.of(user_config)), answers=self._versions.answers)
