@@ -16,6 +16,7 @@ from elasticrec.serving.auth import KeyRing, create_key
 from elasticrec.serving.door import Door
 from elasticrec.serving.guard import Guard, Protection
 from elasticrec.serving.meter import Meter
+from elasticrec.serving.rate import Rate, RateConfig
 
 ALLOWED_S = 2.0
 LATE_ANSWER_S = LATE * ALLOWED_S
@@ -61,17 +62,24 @@ def test_it_lets_some_in_and_never_more_than_it_may(most: int, answers: list[tup
 class Service:
     """A guard before an app that takes `took_s` and answers by `status`."""
 
-    def __init__(self, timeout_ms: float = 1e3 * ALLOWED_S, keys: KeyRing | None = None) -> None:
+    def __init__(
+        self,
+        timeout_ms: float = 1e3 * ALLOWED_S,
+        keys: KeyRing | None = None,
+        rate: Rate | None = None,
+        prefix: str = "",
+    ) -> None:
+        self._at = prefix  # under which Ray Serve mounts the app
         self.took_s, self.status, self.sending_s = 0.0, 200, 0.0
         self.asked, self.passed, self.meter, door = 0, 0, Meter(), Door()
-        protection = Protection(max_in_flight=16, timeout_ms=timeout_ms)
+        protection = Protection(max_in_flight=16, timeout_ms=timeout_ms, rate=rate)
         self.guard = Guard(self._app, keys, protection, meter=self.meter, door=door)
         self._entrance = door.before(self._between)
 
     async def _between(self, scope: Scope, receive: Receive, send: Send) -> None:
         """What Ray does with a request before our app hears of it."""
         self.passed += 1
-        await self.guard(scope, receive, send)
+        await self.guard({**scope, "root_path": self._at}, receive, send)
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.asked += 1
@@ -100,8 +108,14 @@ class Service:
             if message["type"] == "http.response.start":
                 told.append(message["status"])
 
-        scope: Any = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
-        await (self._entrance if outside else self.guard)(scope, receive, send)
+        scope: Any = {
+            "type": "http",
+            "method": method,
+            "path": self._at + path,
+            "headers": headers,
+            "query_string": b"",
+        }
+        await (self._entrance if outside else self._between)(scope, receive, send)
         return told[0]
 
     async def statuses(
@@ -190,38 +204,45 @@ def test_what_comes_too_late_is_late() -> None:
 async def at_the_door_of_a_full_house(
     service: Service, *asked: dict[str, Any], headers: list[tuple[bytes, bytes]] | None = None
 ) -> list[int]:
-    """What each is told who comes while as many are in as may be; these have `headers`."""
+    """What each is told who comes while as many are in as may be; these have `headers`. `passed` counts from there."""
     service.took_s = 0.5
     crowd = asyncio.create_task(service.statuses(16, headers=headers))
     while service.asked < 16:
         await asyncio.sleep(0.01)
+    service.passed = 0
     told = [await service.ask(**{"headers": [], "body_s": 0.0, "outside": True} | one) for one in asked]
     assert await crowd == [200] * 16
     return told
 
 
-@pytest.mark.parametrize("path", ["/v1/recommend", "/v1/events", "/v1/search", "/shop/v1/recommend"])
-def test_who_finds_no_room_is_told_so_at_the_door(path: str) -> None:
+@pytest.mark.parametrize("prefix", ["", "/shop"])
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/recommend"), ("POST", "/v1/events"), ("GET", "/v1/search")])
+def test_who_finds_no_room_is_told_so_at_the_door(method: str, path: str, prefix: str) -> None:
     async def scenario() -> None:
-        service, one = Service(), {"path": path}
+        service, one = Service(prefix=prefix), {"method": method, "path": path}
         assert await at_the_door_of_a_full_house(service, one, one) == [429, 429]
         assert (service.passed, service.asked) == (0, 16)
-        assert service.meter.stats()["waiting"] == 2
+        assert service.meter.stats()["waiting"] == (0 if path == "/v1/events" else 2)
         added = service.guard._watch.ledger.turn().added
         assert added[REFUSED, ("room",)] == 2
-        assert added[REQUESTS, (path.removeprefix("/shop"), "429")] == 2
+        assert added[REQUESTS, (path, "429")] == 2
         service.took_s = 0.0
-        assert await service.ask(path, headers=[], body_s=0.0, outside=True) == 200
+        assert await service.ask(path, method=method, headers=[], body_s=0.0, outside=True) == 200
 
     asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
-    "path", ["/-/healthz", "/-/routes", "/healthz", "/shop/healthz", "/readyz", "/v1/admin/replica"]
-)
-def test_the_door_is_open_to_what_a_crowd_does_not_ask(path: str) -> None:
+    ("method", "path"),
+    [
+        ("GET", "/-/healthz"), ("GET", "/-/routes"), ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/v1/recommend"),
+        ("DELETE", "/v1/items/x/v1/events"), ("GET", "/v1/users/a/v1/search"), ("GET", "/v1/admin/replica"),
+        ("POST", "/v1/recommend:batch"), ("POST", "/other/v1/recommend"),
+    ],
+)  # fmt: skip
+def test_the_door_is_open_to_what_a_crowd_does_not_ask(method: str, path: str) -> None:
     service = Service()
-    asyncio.run(at_the_door_of_a_full_house(service, {"path": path}))
+    asyncio.run(at_the_door_of_a_full_house(service, {"method": method, "path": path}))
     assert service.passed == 1
 
 
@@ -234,3 +255,27 @@ def test_who_may_not_ask_hears_that_and_not_that_there_is_no_room(tmp_path: Path
     told = asyncio.run(at_the_door_of_a_full_house(service, *asked, headers=reader))
     assert told == [429, 403, 401, 401]
     assert service.passed == 3
+
+
+def test_who_is_over_their_rate_hears_that_and_counts_for_nobody_who_waits() -> None:
+    """Else a crawler that retries would make replicas of it."""
+    service = Service(rate=Rate(RateConfig(limit="17/hour")))
+    one = {"path": "/v1/recommend"}
+    # The 16 who are in, one whom the guard still lets ask for room, and all others.
+    assert (
+        asyncio.run(at_the_door_of_a_full_house(service, one, {"path": "/v1/x"}, {"path": "/v1/y"}, one)) == [429] * 4
+    )
+    assert service.passed == 3
+    added = service.guard._watch.ledger.turn().added
+    assert (added[REFUSED, ("room",)], added[REFUSED, ("rate",)]) == (2, 2)
+    assert service.meter.stats()["waiting"] == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/recommend:batch", "/v1/events", "/v1/users/a/events"])
+def test_where_more_replicas_of_the_model_would_not_help_nobody_waits_for_one(path: str) -> None:
+    service = Service()
+    service.status = 429  # of its own queue
+    asyncio.run(service.statuses(3, path))
+    assert service.meter.stats()["waiting"] == 0
+    asyncio.run(service.statuses(3))
+    assert service.meter.stats()["waiting"] == 3

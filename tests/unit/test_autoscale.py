@@ -108,6 +108,7 @@ def test_whoever_was_turned_away_counts_as_one_who_waits() -> None:
     assert replicas_for(load(1, latency_ms=20, waiting=meter.stats()["waiting"]), TARGETS, least=1, most=4) == 2
     now[0] = TURNED_AWAY_S + 0.1
     assert meter.stats()["waiting"] == 7.0
+    assert (meter.untold(), meter.untold()) == (100, 0)  # a gateway tells the model's replicas
 
 
 @pytest.mark.parametrize("bad", [{"latency_ms": 0}, {"waiting": 0}, {"shrink_below": 1}])

@@ -96,7 +96,7 @@ def read_keys(path: str | Path) -> list[StoredKey]:
         return [StoredKey(**entry | {"scopes": tuple(entry.get("scopes", DEFAULT_SCOPES))}) for entry in entries]
     except FileNotFoundError:
         raise ConfigError(f"there is no key file '{path}'; make a key with 'elasticrec serve key'") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"key file '{path}' cannot be read: {error}; restore it or make new keys") from None
 
 

@@ -2,6 +2,9 @@
 
 What stands between parser and app (Ray's bookkeeping, contexts and tasks of a request) costs more than a refusal. A
 replica of which three times as much is asked as it can do would spend itself on that, and be late with what it let in.
+
+An answer may come before the whole body has: behind HAProxy no caller notices; one who speaks to a replica itself, with
+a large body and `connection: close`, may see a broken connection in its place.
 """
 
 from collections.abc import Awaitable, Callable

@@ -14,6 +14,7 @@ from elasticrec.serving.api.problems import UnavailableError
 from elasticrec.serving.arguments import Args
 from elasticrec.serving.deadline import left_s
 from elasticrec.serving.http_replica import HttpReplica
+from elasticrec.serving.meter import Meter
 from elasticrec.serving.opening import answers_when_measured, open_histories, open_keys
 from elasticrec.serving.options import BATCHES_PER_MODEL
 from elasticrec.serving.question import Candidates, Question
@@ -28,7 +29,7 @@ class GatewayReplica(HttpReplica):
     """HTTP and events; gathers a batch before the one hop to a model replica."""
 
     def __init__(self, args: Args, model: DeploymentHandle[Any]) -> None:
-        self._model = model
+        self._model, self._meter = model, Meter()
         keys, events, items = open_keys(args), open_histories(args), open_items(args.events)
         thread = ThreadPoolExecutor(1, thread_name_prefix="history")
 
@@ -38,11 +39,12 @@ class GatewayReplica(HttpReplica):
             return Loaded(model=split, recommend=split.recommend, reference=answers_when_measured(bundle))
 
         in_flight = BATCHES_PER_MODEL * args.most_replicas
-        self._serve(args, load, keys, events, items, batches_in_flight=in_flight)
+        self._serve(args, load, keys, events, items, batches_in_flight=in_flight, meter=self._meter)
 
     async def _score(self, uri: str, question: Question) -> Candidates:
         try:
-            candidates: Candidates = await self._model.score.remote(uri, question, left_s())
+            refused = self._meter.untold()  # the model's replicas are those that grow
+            candidates: Candidates = await self._model.score.remote(uri, question, left_s(), refused)
         except (RayError, RayServeException) as error:
             _LOGGER.error("the model did not answer: %s", error)
             raise UnavailableError("the model does not answer; try again") from error

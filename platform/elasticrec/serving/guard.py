@@ -1,7 +1,7 @@
 """Raw HTTP requests in; only those that may, in time and not too many at once, reach the app; every answer is marked.
 
 In this order: request id, key and scope (401, 403), rate of the key (429), repeated parameters (422), room (429),
-deadline, size of body (413).
+deadline, size of body (413). Room is asked for at the door already, where the key, its scope and its rate allow.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ from elasticrec.serving.watch import Watch
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json", *console.PATHS})
 # Thousands of answers take longer than one, and so does a version that all replicas load and check.
 BULK_PATHS = frozenset({"/v1/recommend:batch", "/v1/admin/versions"})
-_CROWDED_PATHS: Final = ("/v1/recommend", "/v1/events", "/v1/search")
+_CROWDED: Final = frozenset({("POST", "/v1/recommend"), ("POST", "/v1/events"), ("GET", "/v1/search")})
 _MODEL_PATHS: Final = frozenset({"/v1/recommend", "/v1/search"})  # by which it is told how long the model takes
 _MEASURED_PATHS: Final = frozenset({"/v1/recommend", "/v1/recommend:batch", "/v1/events", "/v1/search"})
 NOBODY: Final = "nobody"  # who calls where no keys are configured
@@ -111,26 +111,35 @@ class Guard:
         self._single = 0  # of those whose body has come, but for bulk
         self._meter = meter or Meter()
         self._watch.ledger.level(ADMITTED, lambda: self._admission.limit(time.monotonic()))
+        self._prefix = ""  # under which the app is mounted
+        self._over_rate_until_s: dict[str, float] = {}  # by name, of time.monotonic()
         if door is not None:
             door.turn_away = self.turn_away
 
     async def turn_away(self, scope: Scope, receive: Receive, send: Send) -> bool:
         """Refuses a request for which there is no room before anything is done for it, and says whether it did.
 
-        Paths that many ask, of callers that may: everything else is told further in, where it is looked at closer.
+        What many ask, of callers who may: everything else is told further in, where it is looked at closer.
         """
-        path = next((path for path in _CROWDED_PATHS if scope.get("path", "").endswith(path)), None)
-        if path is None or scope["type"] != "http" or self._has_room(True, time.monotonic()):
+        path = scope.get("path", "").removeprefix(self._prefix)
+        if (scope.get("method"), path) not in _CROWDED or self._has_room(True, time.monotonic()):
             return False
         headers = dict(scope["headers"])
-        try:
-            _require_scope(self._find_key(headers), scope["method"], path)
-        except ApiError:
+        if not self._may_ask(headers, scope["method"], path):
             return False
-        self._count_refusal()
+        self._count_refusal(path)
         self._watch.request(path, OverloadedError.status, 0.0)
         await _NO_ROOM(scope, receive, _Marked(send, _request_id(headers), path))
         return True
+
+    def _may_ask(self, headers: dict[bytes, bytes], method: str, path: str) -> bool:
+        """Whether nothing but want of room is known against it."""
+        try:
+            key = self._find_key(headers)
+            _require_scope(key, method, path)
+        except Exception:  # noqa: BLE001 - it comes again further in, where it is answered and told
+            return False
+        return time.monotonic() >= self._over_rate_until_s.get(NOBODY if key is None else key.name, 0.0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -138,11 +147,12 @@ class Guard:
             return
         started_s = time.perf_counter()
         headers, path = dict(scope["headers"]), get_route_path(scope)
+        self._prefix = scope.get("root_path", "")
         marked = _Marked(send, _request_id(headers), path)
         who = None
         try:
             if path in OPEN_PATHS:
-                await self._pass_on(scope, receive, marked)
+                await self._pass_on(scope, receive, marked, path)
                 return
             key = self._find_key(headers)
             who = NOBODY if key is None else key.name
@@ -153,7 +163,7 @@ class Guard:
             await self._in_time(scope, receive, marked, headers, path)
             if marked.status == OverloadedError.status:
                 self._watch.refused("queue")
-                self._meter.turned_away()
+                self._count_waiting(path)
         except ApiError as error:
             if isinstance(error, UnauthorizedError):  # whoever has no key must not fill the audit
                 self._watch.refused("key")
@@ -178,8 +188,9 @@ class Guard:
             return
         try:
             await self._protection.rate.require(who)
-        except OverloadedError:
+        except OverloadedError as error:
             self._watch.refused("rate")
+            self._over_rate_until_s[who] = time.monotonic() + float(error.headers["retry-after"])
             raise
 
     async def _in_time(
@@ -189,12 +200,12 @@ class Guard:
         default_ms = MAX_TIMEOUT_MS if path in BULK_PATHS else self._protection.timeout_ms
         deadline_s = deadline_in(headers, default_ms, now_s)
         single = path not in BULK_PATHS
-        self._require(self._has_room(single, now_s))
+        self._require(self._has_room(single, now_s), path)
         self.in_flight += 1
         token = DEADLINE_S.set(deadline_s)
         try:
             async with asyncio.timeout(deadline_s - now_s + _GRACE_S):
-                await self._pass_on(scope, receive, marked, single=single)
+                await self._pass_on(scope, receive, marked, path, single=single)
         except TimeoutError:
             if not marked.status:
                 raise DeadlineError("the time that the request allowed is over; it may still have its effect") from None
@@ -211,14 +222,19 @@ class Guard:
         """What is not bulk leaves room sooner."""
         return not single or self._single < self._admission.limit(now_s)
 
-    def _require(self, room: bool) -> None:
+    def _require(self, room: bool, path: str) -> None:
         if not room:
-            self._count_refusal()
+            self._count_refusal(path)
             raise OverloadedError(_FULL)
 
-    def _count_refusal(self) -> None:
+    def _count_refusal(self, path: str) -> None:
         self._watch.refused("room")
-        self._meter.turned_away()
+        self._count_waiting(path)
+
+    def _count_waiting(self, path: str) -> None:
+        """Of those for whom another replica of the model would help."""
+        if path in _MODEL_PATHS:
+            self._meter.turned_away()
 
     def _learn(self, marked: "_Marked") -> None:
         """From callers with as much patience as others, and from what was answered or came too late. A client that is
@@ -227,12 +243,14 @@ class Guard:
             ended_s = marked.told_s or time.monotonic()
             self._admission.answered(ended_s - marked.read_s, ended_s)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, marked: "_Marked", *, single: bool = False) -> None:
+    async def _pass_on(
+        self, scope: Scope, receive: Receive, marked: "_Marked", path: str, *, single: bool = False
+    ) -> None:
         body = await _read_body(receive)
         if body is None:
             return
         marked.read_s = time.monotonic()
-        self._require(self._lets_in(single, marked.read_s))  # others came while the body did
+        self._require(self._lets_in(single, marked.read_s), path)  # others came while the body did
         self._single += single
         try:
             await self._app(scope, _replay(body, receive), marked)

@@ -24,14 +24,21 @@ class Meter:
     now_s: Callable[[], float] = time.monotonic
     _answers: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_KEPT))
     _turned_away_s: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    _untold: int = 0
 
     def observe(self, latency_ms: float) -> None:
         """One answer."""
         self._answers.append((self.now_s(), latency_ms))
 
-    def turned_away(self) -> None:
-        """One request was refused, as others were enough: a replica that lets few in has quick answers."""
-        self._turned_away_s.append(self.now_s())
+    def turned_away(self, requests: int = 1) -> None:
+        """So many were refused, as others were enough: a replica that lets few in has quick answers."""
+        self._turned_away_s.extend([self.now_s()] * min(requests, _KEPT))
+        self._untold += requests
+
+    def untold(self) -> int:
+        """How many were refused since this was asked last: for whoever reports in this one's place."""
+        requests, self._untold = self._untold, 0
+        return requests
 
     def stats(self) -> dict[str, float]:
         """What the autoscaling policy decides by."""

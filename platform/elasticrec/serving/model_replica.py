@@ -66,13 +66,17 @@ class ModelReplica:
         assert self._asked is not None, "the first one is waited for"
         return {"told": self._told.plain(), "asked": self._asked.plain(), "refused": dict(self._scorers.refused)}
 
-    async def score(self, uri: str, question: Question, left_s: float | None = None) -> Candidates:
+    async def score(
+        self, uri: str, question: Question, left_s: float | None = None, turned_away: int = 0
+    ) -> Candidates:
         """`left_s`: how long the most patient caller of the batch waits yet; then it costs no time of the model.
+        `turned_away`: requests that the gateway refused for want of room since it asked last.
 
         Raises:
             UnavailableError: this replica does not hold the version.
             DeadlineError: nobody waits any more.
         """
+        self._meter.turned_away(turned_away)
         if uri not in self._scorers:
             raise UnavailableError(f"this replica does not hold '{uri}'")
         deadline_s = None if left_s is None else time.monotonic() + left_s
