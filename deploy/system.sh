@@ -100,6 +100,12 @@ test)
     need_program prometheus prometheus golang-github-prometheus # every query of the dashboard is evaluated
     need_program promtool prometheus golang-github-prometheus
     need_program chromium chromium chromium-browser # the console is used in it
+    if [ "$(id -u)" = 0 ]; then # `ray up` is run on machines in namespaces
+        need_program sshd openssh-server openssh
+        need_program ssh openssh-client openssh
+        need_program rsync rsync
+        need_program ip iproute2 iproute
+    fi
     ;;
 *)
     say "usage: deploy/system.sh setup|test"

@@ -18,7 +18,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import ray
 import yaml
@@ -27,6 +26,7 @@ from ray.scripts import scripts
 from ray.util import get_node_ip_address
 
 from elasticrec.cli.local_cluster import CLUSTER_MARK, free_port, kill_marked, marked
+from tests.cluster.nodes import wait_for_nodes
 
 ROOT = Path(__file__).parents[2]
 ZERO_PORTS = "--dashboard-agent-listen-port=0 --dashboard-agent-grpc-port=0 --runtime-env-agent-port=0"
@@ -84,7 +84,8 @@ def test_start_commands_never_stop_what_runs(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_setup_is_pinned(name: str) -> None:
     """It is `make setup`, whose installation takes constraints.txt, which has one version of Ray: that of here."""
-    assert read(name)["setup_commands"] == ['make -C "${ELASTICREC_HOME:-$HOME/elasticrec}" setup']
+    setup, _ = read(name)["setup_commands"]
+    assert setup == 'make -C "${ELASTICREC_HOME:-$HOME/elasticrec}" setup'
     assert re.search(r"pip install .*-c constraints\.txt", (ROOT / "Makefile").read_text(encoding="utf-8"))
     assert f"\nray=={ray.__version__}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
 
@@ -116,23 +117,6 @@ def started(command: str, env: dict[str, str], log: Path) -> Iterator[subprocess
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=30)
-
-
-def alive_nodes(dashboard: str, token: str) -> list[dict[str, Any]]:
-    url = f"{dashboard}/api/v0/nodes?detail=1"
-    with contextlib.suppress(httpx.HTTPError, ValueError):
-        answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=10)
-        if answer.status_code == 200:
-            return [node for node in answer.json()["data"]["result"]["result"] if node["state"] == "ALIVE"]
-    return []
-
-
-def wait_for_nodes(count: int, dashboard: str, token: str, logs: list[Path]) -> list[dict[str, Any]]:
-    deadline_s = time.monotonic() + 90
-    while len(nodes := alive_nodes(dashboard, token)) != count:
-        assert time.monotonic() < deadline_s, "\n".join(log.read_text(encoding="utf-8") for log in logs)
-        time.sleep(0.2)
-    return nodes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,6 +176,22 @@ def recorded(folder: Path, command: str, **settings: str) -> tuple[dict[str, Any
     assert start == "start"
     seen = dict(entry.split("=", 1) for entry in done.stderr.split("\0")[:-1])
     return scripts.start.make_context("start", words).params, seen
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_shell_of_a_node_finds_ray_however_often_it_is_set_up(tmp_path: Path, name: str) -> None:
+    _, path = read(name)["setup_commands"]
+    programs = tmp_path / "elasticrec" / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "ray").write_text("#!/bin/sh\n")
+    (programs / "ray").chmod(0o755)
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    for _ in range(2):
+        subprocess.run(["bash", "-c", path], env=env, check=True)
+    assert len((tmp_path / ".bashrc").read_text().splitlines()) == 1
+    shell = ["bash", "--login", "-c", "-i", "source ~/.bashrc; command -v ray"]  # as Ray's updater asks
+    found = subprocess.run(shell, env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(programs / "ray")
 
 
 def two_gpus(folder: Path) -> None:

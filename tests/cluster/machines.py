@@ -1,0 +1,130 @@
+"""Machines with a network, processes, homes and ssh of their own: what `ray up` needs, on one machine.
+
+Each is a namespace of networks, mounts and processes; one bridge joins them to this machine. Root is needed.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+START = """
+set -e
+mount --make-rprivate /
+mount --bind {home}/passwd /etc/passwd
+mount --bind {home}/ray /tmp/ray
+mount -t tmpfs tmpfs /run
+mkdir /run/sshd
+exec "$(command -v sshd)" -D -e -f {home}/sshd.conf
+"""
+SSHD = """
+Port 22
+ListenAddress {address}
+HostKey {folder}/host
+PidFile none
+AuthorizedKeysFile {folder}/key.pub
+PermitRootLogin prohibit-password
+StrictModes no
+UsePAM no
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """One that root reaches by ssh at its address."""
+
+    name: str
+    address: str
+    home: Path
+
+    def pids(self) -> list[int]:
+        """Its processes, by the numbers of this machine."""
+        told = run("ip", "netns", "pids", self.name)
+        return [int(word) for word in told.split()]
+
+    def programs(self) -> list[str]:
+        found = []
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                found.append(Path(f"/proc/{pid}/exe").resolve().name)
+        return found
+
+
+@contextlib.contextmanager
+def machines(folder: Path, settings: list[dict[str, str]]) -> Iterator[list[Machine]]:
+    """One for each of these environments; the private key that opens them is `key` in the folder."""
+    mark, net = secrets.token_hex(3), free_net()
+    for name in ("key", "host"):
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name))
+    Path("/tmp/ray").mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        bridge = f"er{mark}"
+        run("ip", "link", "add", bridge, "type", "bridge")
+        stack.callback(run, "ip", "link", "del", bridge)
+        run("ip", "addr", "add", f"{net}.254/24", "dev", bridge)
+        run("ip", "link", "set", bridge, "up")
+        yield [
+            stack.enter_context(_machine(folder, f"{bridge}-{number}", bridge, f"{net}.{number}", setting))
+            for number, setting in enumerate(settings, start=1)
+        ]
+
+
+def free_net() -> str:
+    """The first three numbers of a net that this machine has no address in."""
+    taken = set(re.findall(r"inet (\d+\.\d+\.\d+)\.", run("ip", "-4", "addr")))
+    return next(net for third in range(256) if (net := f"10.213.{third}") not in taken)
+
+
+@contextlib.contextmanager
+def _machine(folder: Path, name: str, bridge: str, address: str, setting: dict[str, str]) -> Iterator[Machine]:
+    home = folder / name
+    (home / "ray").mkdir(parents=True)
+    (home / ".bashrc").touch()
+    passwd = re.sub(r"(?m)^root:.*$", f"root:x:0:0:root:{home}:/bin/bash", Path("/etc/passwd").read_text())
+    (home / "passwd").write_text(passwd)
+    words = " ".join(f'"{key}={value}"' for key, value in setting.items())
+    (home / "sshd.conf").write_text(SSHD.format(address=address, folder=folder) + f"SetEnv {words}\n")
+    run("ip", "netns", "add", name)
+    try:
+        run("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+        run("ip", "link", "set", name, "master", bridge, "up")
+        run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+        run("ip", "-n", name, "link", "set", "eth0", "up")
+        run("ip", "-n", name, "link", "set", "lo", "up")
+        run("ip", "-n", name, "route", "add", "default", "dev", "eth0")  # Ray takes the address that leads outside
+        with _alive(name, home, address):
+            yield Machine(name=name, address=address, home=home)
+    finally:
+        run("ip", "netns", "del", name)
+
+
+@contextlib.contextmanager
+def _alive(name: str, home: Path, address: str) -> Iterator[None]:
+    apart = ["ip", "netns", "exec", name, "unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    with (home / "sshd.log").open("wb") as log:
+        command = [*apart, "bash", "-c", START.format(home=home)]
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline_s = time.monotonic() + 20
+        while "sshd" not in Machine(name=name, address=address, home=home).programs():
+            assert process.poll() is None, (home / "sshd.log").read_text()
+            assert time.monotonic() < deadline_s, (home / "sshd.log").read_text()
+            time.sleep(0.05)
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and with its first process the whole namespace
+        process.wait(timeout=30)
+
+
+def run(*words: str) -> str:
+    """What a command prints; an error tells what it said."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+    return done.stdout
