@@ -181,7 +181,10 @@ def overload(site: Site, seconds: float) -> dict[str, Any]:
 
 
 def soak(site: Site, seconds: float) -> tuple[dict[str, Any], float]:
-    """The constant load, and how replicas grow meanwhile: MB a minute, of the worst one, after a fifth to settle."""
+    """The constant load, and how replicas grow meanwhile: MB a minute over the second half, of the worst one.
+
+    A new replica's threads fill their arenas for five minutes, ever more slowly (docs/log.md).
+    """
     samples: dict[int, list[tuple[float, float]]] = {}
     with loading(site.plan("soak", seconds)) as generator:
         started_s = time.monotonic()
@@ -193,7 +196,7 @@ def soak(site: Site, seconds: float) -> tuple[dict[str, Any], float]:
         found = generator.outcome()
     slopes = []
     for series in samples.values():
-        at_s, mb = np.array([pair for pair in series if pair[0] > seconds / 5]).T
+        at_s, mb = np.array([pair for pair in series if pair[0] > seconds / 2]).T
         slopes.append(60 * float(np.polyfit(at_s, mb, 1)[0]))
     return _row(site, f"soak of {seconds / 60:g} min", [found], seconds), max(slopes)
 
