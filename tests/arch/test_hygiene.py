@@ -47,6 +47,13 @@ def project_files() -> list[Path]:
     return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
 
+def test_no_link_leads_out_of_the_project() -> None:
+    command = ["git", "ls-files", "-z", "--stage"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    links = [ROOT / entry.split("\t")[1] for entry in listed.split("\0") if entry.startswith("120000")]
+    assert [link for link in links if not link.resolve().is_relative_to(ROOT)] == []
+
+
 def test_no_file_holds_what_belongs_to_one_machine_or_is_secret() -> None:
     found = []
     for path in project_files():

@@ -17,8 +17,10 @@ def alive_nodes(dashboard: str, token: str) -> list[dict[str, Any]]:
     return []
 
 
-def wait_for_nodes(count: int, dashboard: str, token: str, logs: list[Path]) -> list[dict[str, Any]]:
-    deadline_s = time.monotonic() + 90
+def wait_for_nodes(
+    count: int, dashboard: str, token: str, logs: list[Path], within_s: float = 90
+) -> list[dict[str, Any]]:
+    deadline_s = time.monotonic() + within_s
     while len(nodes := alive_nodes(dashboard, token)) != count:
         assert time.monotonic() < deadline_s, "\n".join(log.read_text(encoding="utf-8") for log in logs)
         time.sleep(0.2)

@@ -186,9 +186,10 @@ def test_a_shell_of_a_node_finds_ray_however_often_it_is_set_up(tmp_path: Path, 
     (programs / "ray").write_text("#!/bin/sh\n")
     (programs / "ray").chmod(0o755)
     env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    (tmp_path / ".bashrc").write_text("# it has no last newline")
     for _ in range(2):
         subprocess.run(["bash", "-c", path], env=env, check=True)
-    assert len((tmp_path / ".bashrc").read_text().splitlines()) == 1
+    assert len((tmp_path / ".bashrc").read_text().splitlines()) == 2
     shell = ["bash", "--login", "-c", "-i", "source ~/.bashrc; command -v ray"]  # as Ray's updater asks
     found = subprocess.run(shell, env=env, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == str(programs / "ray")

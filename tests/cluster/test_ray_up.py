@@ -1,8 +1,11 @@
 """`ray up cluster.yaml` as on machines of one's own: over ssh, in a network, with processes and homes apart."""
 
 import contextlib
+import hashlib
 import os
 import secrets
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,7 +17,7 @@ import pytest
 import yaml
 
 from elasticrec.cli.local_cluster import free_port
-from tests.cluster.machines import Machine, machines
+from tests.cluster.machines import Machine, can_be_made, machines
 from tests.cluster.nodes import wait_for_nodes
 
 ROOT = Path(__file__).parents[2]
@@ -23,8 +26,8 @@ WHERE = "import ray; ray.init(); at = ray.util.get_node_ip_address; "
 WHERE += "print('at', ray.get(ray.remote(resources={'train_slot': 1})(lambda: at()).remote()))"
 
 pytestmark = [
-    pytest.mark.timeout(400),
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for networks of its own"),
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not can_be_made(), reason="needs root, for networks of its own, and sshd, ssh, rsync, ip"),
 ]
 
 
@@ -38,7 +41,8 @@ def site() -> Iterator[tuple[Path, dict[str, str], list[Machine]]]:
     shared["AUTOSCALER_UPDATE_INTERVAL_S"] = "1"
     worker = {**shared, "NODE_KIND": "spot", "RAY_OPTIONS": f"{shared['RAY_OPTIONS']} --num-cpus=1"}
     worker["RAY_gcs_rpc_server_reconnect_timeout_s"] = "5"  # by default a worker outlives its head by a minute
-    with tempfile.TemporaryDirectory(prefix="ru-", dir="/tmp") as name, machines(Path(name), [shared, worker]) as both:
+    place = tempfile.TemporaryDirectory(prefix="ru-", dir="/tmp", ignore_cleanup_errors=True)
+    with place as name, machines(Path(name), [shared, worker]) as both:
         folder = Path(name)
         config = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
         config["cluster_name"] = folder.name
@@ -51,10 +55,13 @@ def site() -> Iterator[tuple[Path, dict[str, str], list[Machine]]]:
         (folder / ".ray" / "auth_token").write_text(token)
         env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         try:
-            yield folder, {**env, "HOME": str(folder), "RAY_AUTH_MODE": "token"}, both
+            yield folder, {**env, "HOME": str(folder), "TMPDIR": str(folder), "RAY_AUTH_MODE": "token"}, both
         finally:
             for left in Path("/tmp/ray").glob(f"cluster-{folder.name}.*"):
                 left.unlink()
+            sockets = hashlib.sha256(folder.name.encode()).hexdigest()[:10]  # of ssh, as Ray names their folder
+            for left in Path("/tmp").glob(f"ray_ssh_*/{sockets}"):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def ray(env: dict[str, str], *words: str) -> str:
@@ -78,7 +85,8 @@ def forwarded(config: str, env: dict[str, str], log: Path) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.terminate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)  # and its ssh
         process.wait(timeout=30)
 
 
@@ -91,7 +99,8 @@ def test_ray_up_makes_a_cluster_that_takes_jobs_and_ray_down_ends_it(
     assert (head.home / "elasticrec" / "pyproject.toml").is_file()
     with forwarded(config, env, folder / "dashboard.log") as dashboard:
         token = (folder / ".ray" / "auth_token").read_text()
-        nodes = wait_for_nodes(2, dashboard, token, [folder / "dashboard.log", *head.home.glob("ray/*/logs/monitor.*")])
+        logs = [folder / "dashboard.log", *head.home.glob("ray/*/logs/monitor.*")]
+        nodes = wait_for_nodes(2, dashboard, token, logs, within_s=240)
         offered = {node["node_ip"]: node["resources_total"] for node in nodes}
         assert (offered[head.address].get("CPU", 0), offered[head.address].get("train_slot", 0)) == (0, 0)
         assert (offered[worker.address]["CPU"], offered[worker.address]["train_slot"]) == (1, 1)
@@ -99,7 +108,7 @@ def test_ray_up_makes_a_cluster_that_takes_jobs_and_ray_down_ends_it(
         told = ray(env, "job", "submit", "--address", dashboard, "--working-dir", ".", "--", "python", "-c", WHERE)
         assert f"at {worker.address}" in told
     said = ray(env, "down", "-y", config)
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 90
     while running := [
         name for machine in (head, worker) for name in machine.programs() if name in ("raylet", "gcs_server")
     ]:

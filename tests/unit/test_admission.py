@@ -259,16 +259,13 @@ def test_who_may_not_ask_hears_that_and_not_that_there_is_no_room(tmp_path: Path
 
 def test_who_is_over_their_rate_hears_that_and_counts_for_nobody_who_waits() -> None:
     """Else a crawler that retries would make replicas of it."""
-    service = Service(rate=Rate(RateConfig(limit="17/hour")))
-    one = {"path": "/v1/recommend"}
-    # The 16 who are in, one whom the guard still lets ask for room, and all others.
-    assert (
-        asyncio.run(at_the_door_of_a_full_house(service, one, {"path": "/v1/x"}, {"path": "/v1/y"}, one)) == [429] * 4
-    )
-    assert service.passed == 3
+    service = Service(rate=Rate(RateConfig(limit="19/hour")))  # the 16 who are in, and three more
+    asked = [{"path": "/v1/recommend"}] * 50
+    assert asyncio.run(at_the_door_of_a_full_house(service, *asked)) == [429] * 50
     added = service.guard._watch.ledger.turn().added
-    assert (added[REFUSED, ("room",)], added[REFUSED, ("rate",)]) == (2, 2)
-    assert service.meter.stats()["waiting"] == 1
+    assert (added[REFUSED, ("room",)], added[REFUSED, ("rate",)]) == (3, 47)
+    assert service.meter.stats()["waiting"] == 3
+    assert service.passed == 47
 
 
 @pytest.mark.parametrize("path", ["/v1/recommend:batch", "/v1/events", "/v1/users/a/events"])

@@ -112,7 +112,6 @@ class Guard:
         self._meter = meter or Meter()
         self._watch.ledger.level(ADMITTED, lambda: self._admission.limit(time.monotonic()))
         self._prefix = ""  # under which the app is mounted
-        self._over_rate_until_s: dict[str, float] = {}  # by name, of time.monotonic()
         if door is not None:
             door.turn_away = self.turn_away
 
@@ -125,21 +124,23 @@ class Guard:
         if (scope.get("method"), path) not in _CROWDED or self._has_room(True, time.monotonic()):
             return False
         headers = dict(scope["headers"])
-        if not self._may_ask(headers, scope["method"], path):
+        if not await self._may_ask(headers, scope["method"], path):
             return False
         self._count_refusal(path)
         self._watch.request(path, OverloadedError.status, 0.0)
         await _NO_ROOM(scope, receive, _Marked(send, _request_id(headers), path))
         return True
 
-    def _may_ask(self, headers: dict[bytes, bytes], method: str, path: str) -> bool:
-        """Whether nothing but want of room is known against it."""
+    async def _may_ask(self, headers: dict[bytes, bytes], method: str, path: str) -> bool:
+        """Whether nothing but want of room is against it; it counts for the rate of its key."""
         try:
             key = self._find_key(headers)
             _require_scope(key, method, path)
+            if self._protection.rate is not None:
+                await self._protection.rate.require(NOBODY if key is None else key.name)
         except Exception:  # noqa: BLE001 - it comes again further in, where it is answered and told
             return False
-        return time.monotonic() >= self._over_rate_until_s.get(NOBODY if key is None else key.name, 0.0)
+        return True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -188,9 +189,8 @@ class Guard:
             return
         try:
             await self._protection.rate.require(who)
-        except OverloadedError as error:
+        except OverloadedError:
             self._watch.refused("rate")
-            self._over_rate_until_s[who] = time.monotonic() + float(error.headers["retry-after"])
             raise
 
     async def _in_time(
