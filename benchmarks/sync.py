@@ -3,11 +3,12 @@
     python -m benchmarks.sync --store STORE [--quick] [--only KIND ...] [--json FILE]
     python -m benchmarks.sync --store STORE --work FOLDER --groups 4 --train-only    # first, where there are more cores
 
-Four gloo processes on this machine, each with one thread. Kinds that are compared by their NDCG train with three seeds
-and two learning rates, of which validation chooses; finished trainings are kept under `--work`, on whichever machine
-they ran. Steps are then timed in a network namespace (root is needed). The slow link is the kernel's token bucket (tc
-tbf) on that namespace's loopback: 200 Mbit/s for all four together, no added delay (tc netem is not in every kernel).
-The bytes that the kernel counted there stand beside those that each kind counts itself.
+Four gloo processes on this machine, each with one thread. Kinds that are compared by their NDCG train with five seeds
+and three learning rates, of which validation chooses, and what they keep has an interval over users and seeds; finished
+trainings are kept under `--work`, on whichever machine they ran. Steps are then timed in a network namespace (root is
+needed). The slow link is the kernel's token bucket (tc tbf) on that namespace's loopback: 200 Mbit/s for all four
+together, no added delay (tc netem is not in every kernel). The bytes that the kernel counted there stand beside those
+that each kind counts itself.
 """
 
 import argparse
@@ -26,17 +27,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from benchmarks.quality.statistics import paired_interval
 from benchmarks.result import Check, publish
 from elasticrec.config import from_mapping, to_mapping
 from elasticrec.data.plan import PlanConfig
-from elasticrec.data.sequences import Store, open_store
-from elasticrec.evaluation.quality import measure
-from elasticrec.evaluation.ranking import EvaluationConfig
+from elasticrec.data.sequences import Int64, Store, open_store
+from elasticrec.data.split import Cases, split
+from elasticrec.evaluation.metrics import ndcg, standard_error
+from elasticrec.evaluation.ranking import EvaluationConfig, rank
 from elasticrec.model.block import BlockConfig
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.history import History
@@ -59,9 +63,14 @@ from elasticrec.training.sync.sharded import Sharded
 
 WORKERS = 4
 SLOW_LINK = "rate 200mbit burst 256kb latency 2s"
+SEEDS = 5
 TARGET = 0.95  # of the best validation NDCG@10 that AllReduce reaches
 COMPARED = ("all_reduce", "local_sgd", "diloco", "gossip")  # by their NDCG, so with several seeds
-RATES = (2e-3, 4e-3)  # workers that step on their own gradients, of fewer users each, want another than those that sum
+RATES = (
+    2e-3,
+    4e-3,
+    8e-3,
+)  # workers that step on their own gradients, of fewer users each, want another than those that sum
 PAUSE_S, WARM_STEPS, NEVER = 2.0, 4, 1_000_000
 KINDS: dict[str, AnySync] = {
     "all_reduce": AllReduce(),
@@ -142,13 +151,21 @@ class Worker:
         network = Network(self._run.network, self._store.n_items)
         network.load_state_dict(section(read_tensors(checkpoint), "best"))
         length = self._run.network.encoder.max_length
-        quality = measure(network.eval(), self._store, self._run.split, self._run.evaluation, max_length=length)
+        cases = split(self._run.split, self._store.sequences)
+        value_of_part = {
+            part: ndcg(self._ranks(network.eval(), of_part, length), 10)
+            for part, of_part in (("validation", cases.validation), ("test", cases.test))
+        }
         return {
-            "validation": quality.validation.metrics["ndcg@10"],
-            "test": quality.test.metrics["ndcg@10"],
-            "test_error": quality.test.standard_errors["ndcg@10"],
+            **{part: float(value_C.mean()) for part, value_C in value_of_part.items()},
+            "test_error": standard_error(value_of_part["test"]),
+            "users": {part: value_C.tolist() for part, value_C in value_of_part.items()},
             "curve": [(line["epoch"], line["ndcg@10"]) for line in self._epochs() if "ndcg@10" in line],
         }
+
+    def _ranks(self, network: Network, cases: Cases, length: int) -> Int64:
+        ranking = rank(network, self._store.sequences, cases, self._run.evaluation, max_length=length, tops=False)
+        return ranking.rank_C
 
     def _epochs(self) -> list[dict[str, Any]]:
         return read(self._run.storage / "train" / "run" / EPOCHS)
@@ -311,6 +328,17 @@ def row(
     }
 
 
+def kept(runs: list[list[dict[str, Any]]], base: list[list[dict[str, Any]]]) -> dict[str, float]:
+    """Of the base's NDCG@10 on each part, and within what: seeds and users drawn again, the same for both."""
+    found: dict[str, float] = {}
+    for part in ("validation", "test"):
+        own_SC, base_SC = (np.array([first["users"][part] for first, *_ in of]) for of in (runs, base))
+        low, high = paired_interval(own_SC, base_SC)
+        found[f"{part} kept"] = float(own_SC.mean() / base_SC.mean())
+        found[f"{part} kept from"], found[f"{part} kept to"] = (1 + end / float(base_SC.mean()) for end in (low, high))
+    return found
+
+
 def _steps_to(target: float, first: dict[str, Any]) -> float:
     reached = next((epoch for epoch, value in first["curve"] if value >= target), None)
     return float(first["steps"] * reached / first["curve"][-1][0]) if reached else float("inf")
@@ -331,7 +359,7 @@ def checks(rows: dict[str, dict[str, Any]]) -> list[Check]:
         made.append(_check(f"{kind} sends ≥ 50× fewer bytes", fewer, 50, "times", fewer >= 50))
     for kind in sorted({"local_sgd", "diloco", "gossip"} & rows.keys()):
         for part in ("validation", "test"):
-            share = rows[kind][part] / base[part]
+            share = rows[kind][f"{part} kept"]
             made.append(_check(f"{kind} keeps ≥ 99 % of AllReduce's NDCG ({part})", share, 0.99, "", share >= 0.99))
     if "gossip" in rows:
         beside = rows["gossip"]["steps beside a halt"]
@@ -355,7 +383,7 @@ def main() -> None:
         raise SystemExit("--train-only keeps nothing without --work FOLDER; name one")
     if chosen.only and "all_reduce" not in chosen.only:
         raise SystemExit("--only compares with all_reduce; name it too")
-    epochs, steps, seeds = (3, 12, 1) if chosen.quick else (120, 48, 3)
+    epochs, steps, seeds = (3, 12, 1) if chosen.quick else (120, 48, SEEDS)
     kinds = chosen.only or list(KINDS)
     with tempfile.TemporaryDirectory() as scratch:
         folder = chosen.work or Path(scratch)
@@ -367,6 +395,9 @@ def main() -> None:
     plain, slow = timed(chosen.store, trials, steps, slow=False), timed(chosen.store, trials, steps, slow=True)
     target = TARGET * statistics.mean(run[0]["validation"] for run in runs["all_reduce"])
     rows = {kind: row(kind, target, runs[kind], *found) for kind, *found in zip(kinds, plain, slow, strict=True)}
+    blank = dict.fromkeys(kept(runs["all_reduce"], runs["all_reduce"]), float("nan"))
+    for kind, one in rows.items():
+        one |= kept(runs[kind], runs["all_reduce"]) if kind in COMPARED else blank
     publish("sync", list(rows.values()), checks(rows), chosen.json)
 
 

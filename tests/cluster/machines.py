@@ -149,14 +149,11 @@ def _alive(name: str, home: Path, address: str) -> Iterator[None]:
 
 
 def can_be_made() -> bool:
-    """Whether this process may have namespaces, and the programs are there."""
-    programs = ("sshd", "ssh", "rsync", "ip", "setpriv", "unshare")
-    return (
-        all(map(shutil.which, programs))
-        and not subprocess.run(
-            ["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, check=False
-        ).returncode
-    )
+    """Whether this process may have namespaces with a bridge, and the programs are there."""
+    programs = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "setpriv", "unshare")
+    probe = "ip link add name er0 type bridge && ip link add name er1 type veth peer name er2"
+    tried = ["unshare", "--net", "--mount", "--pid", "--fork", "sh", "-c", probe]
+    return all(map(shutil.which, programs)) and not subprocess.run(tried, capture_output=True, check=False).returncode
 
 
 def run(*words: str) -> str:
