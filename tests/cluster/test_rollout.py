@@ -143,6 +143,10 @@ def test_versions_move_under_load_and_bad_ones_are_refused(
         done = command(cluster, "canary", "--name", "films", "--version", "2", "--percent", "50", "--root", root)
         assert done.returncode == 0, done.stdout + done.stderr
         assert asked_now(url, 40) == {"films:1", "films:2"}
+
+        done = command(cluster, "shadow", "--name", "films", "--version", "2", "--percent", "100", "--root", root)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert registry.labels("films") == {"production": "1", "canary": "2", "shadow": "2"}
     assert load.failures == []
     assert len(load.versions) > 100
     assert set(load.versions) == {"films:1", "films:2"}

@@ -15,10 +15,38 @@ import pytest
 from elasticrec.cli.local_cluster import LocalClusterConfig, local_cluster
 from elasticrec.data.prepare import PrepareConfig, prepare
 from elasticrec.data.synthetic import SyntheticConfig, describe_items, generate
-from tests.arch.fences import PAGES, ROOT, check_command, fences
-from tests.e2e.docs_session import Session
+from tests.arch.fences import ELSEWHERE, PAGES, ROOT, check_command, fences
+from tests.e2e.docs_session import ASKED, Session
 
 pytestmark = pytest.mark.timeout(900)
+
+
+# Of commands that a page does not run here: by their first words, the test that runs the like, and what it says of it.
+RUN_BY = {
+    "ray up": ("cluster/test_ray_up.py", '"up", "-y", config'),
+    "ray dashboard": ("cluster/test_ray_up.py", '"dashboard", config'),
+    "ray drain-node": ("cluster/test_training.py", '"drain-node"'),
+    "ray start": ("cluster/test_cluster_yaml.py", "own_worker"),
+    "python deploy/drain.py": ("cluster/test_cluster_yaml.py", "drains_it"),
+    "serve run": ("e2e/test_serving.py", "`serve run serve_apps.recommender:app"),
+    "serve deploy": ("e2e/test_serving.py", '"deploy"'),
+    "redis-server": ("contract/redis_server.py", "redis-server"),
+    "elasticrec serve run": ("e2e/docs_session.py", "def _serve"),
+    "elasticrec registry promote": ("cluster/test_rollout.py", '"promote"'),
+    "elasticrec registry canary": ("e2e/test_ways.py", '"jobs.canary"'),
+    "elasticrec registry shadow": ("cluster/test_rollout.py", '"shadow"'),
+    "elasticrec registry rollback": ("cluster/test_rollout.py", '"rollback"'),
+    "elasticrec registry publish": ("e2e/test_ways.py", '"registry", "publish"'),
+    "elasticrec compress": ("e2e/test_quickstart.py", "compression"),
+    "elasticrec train": ("e2e/docs_session.py", '"train"'),
+    "elasticrec data synthesize": ("unit/test_data_synthetic.py", '"synthesize"'),
+    "elasticrec data prepare": ("e2e/docs_session.py", "class Session"),
+    "elasticrec monitor": ("e2e/test_monitoring.py", "prometheus("),
+    "curl": ("e2e/docs_session.py", "def _ask"),
+    "export": ("e2e/docs_session.py", '"export"'),
+    "deploy/kuberay/secrets.sh": ("arch/test_kuberay.py", "secrets.sh"),
+}
+NOWHERE = ("kubectl", "docker")  # there is neither a Kubernetes nor a daemon where these tests run
 
 
 def make_logs(folder: Path) -> None:
@@ -76,6 +104,27 @@ def test_each_block_says_what_it_is(page: str) -> None:
 def test_each_command_does_what_the_page_says(page: str, outcomes: dict[str, list[dict[str, str]]]) -> None:
     assert outcomes[page]
     assert [f"{outcome['command']}: {outcome['error']}" for outcome in outcomes[page] if outcome["error"]] == []
+
+
+def commands_not_run_here() -> list[str]:
+    return [
+        command
+        for page in PAGES for fence in fences(ROOT / page)
+        if fence.title in ELSEWHERE and fence.language in ("bash", "sh")
+        for command in fence.commands() if command not in ASKED
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", sorted(set(commands_not_run_here())))
+def test_what_a_page_does_not_run_some_test_does(command: str) -> None:
+    if command.split(maxsplit=1)[0] in NOWHERE:
+        pytest.skip("needs what is not here")
+    if command.startswith("ray job submit"):
+        module = next(word for word in command.split() if word.startswith("jobs."))
+        assert module in (ROOT / "docs/jobs.md").read_text() + (ROOT / "docs/how-to/canary.md").read_text()
+        return
+    file, says = next(told for start, told in RUN_BY.items() if command.startswith(start))
+    assert says in (ROOT / "tests" / file).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from elasticrec.artifact.registry import Registry
 from elasticrec.cli.local_cluster import LocalCluster, LocalClusterConfig, local_cluster
 from elasticrec.cli.main import run
 from elasticrec.data.synthetic import SyntheticConfig, generate
@@ -20,8 +21,8 @@ pytestmark = pytest.mark.timeout(400)
 SHARED = "/shared/elasticrec"  # home of the pages
 # What takes minutes of the round by default, made small.
 SHORTER = {
-    "jobs.train": ["--config", "{home}/train.yaml"],
-    "jobs.compress": ["--space", "{home}/space.yaml"],
+    "jobs.train": ["--config", f"{SHARED}/train.yaml"],
+    "jobs.compress": ["--space", f"{SHARED}/space.yaml"],
 }
 CONFIG = {
     "epochs": 4,
@@ -50,25 +51,32 @@ def cluster() -> Iterator[LocalCluster]:
         yield running
 
 
-def the_round(home: Path) -> Iterator[list[str]]:
-    """The commands of docs/jobs.md that make a whole round, in this home and as short as that goes."""
-    (block,) = [fence for fence in fences(ROOT / "docs" / "jobs.md") if "job jobs.prepare" in fence.text]
-    for command in block.commands():
-        words = shlex.split(command.replace(SHARED, str(home)))
-        shorter = [word for module in SHORTER if module in words for word in SHORTER[module]]
-        yield [*words, *(word.format(home=home) for word in shorter)]
+def run_as_said(cluster: LocalCluster, home: Path, page: str, command: str, version: str = "9") -> dict[str, str]:
+    """Runs the block of a page that has a command, in this home and as short as that goes; what each job said.
+
+    Args:
+        version: in place of the page's 9.
+    """
+    (block,) = [fence for fence in fences(ROOT / "docs" / page) if command in fence.text]
+    told: dict[str, str] = {}
+    for line in block.commands():
+        words = shlex.split(line)
+        if "--runtime-env-json" not in words and "--" in words:
+            words[words.index("--") : 0] = ["--runtime-env-json", json.dumps({"env_vars": {"ELASTICREC_HOME": SHARED}})]
+        words += [word for module in SHORTER if module in words for word in SHORTER[module]]
+        words = [version if word == "9" else word.replace(SHARED, str(home)) for word in words]
+        program = {"ray": "ray.scripts.scripts", "elasticrec": "elasticrec.cli"}[words[0]]
+        done = subprocess.run(
+            [sys.executable, "-m", program, *words[1:]],
+            cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:] or done.stderr[-3000:]}"
+        told[next((word for word in words if word.startswith("jobs.")), words[1])] = done.stdout
+    return told
 
 
 def test_the_round_of_the_page_as_jobs(cluster: LocalCluster, home: Path) -> None:
-    told: dict[str, str] = {}
-    for words in the_round(home):
-        program = {"ray": "ray.scripts.scripts", "elasticrec": "elasticrec.cli"}[words[0]]
-        command = [sys.executable, "-m", program, *words[1:]]
-        done = subprocess.run(
-            command, cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=200, check=False
-        )
-        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:] or done.stderr[-3000:]}"
-        told[next((word for word in words if word.startswith("jobs.")), words[1])] = done.stdout
+    told = run_as_said(cluster, home, "jobs.md", "job jobs.prepare")
     assert "ndcg@10" in told["jobs.train"]
     assert "chosen bundle" in told["jobs.compress"]
     workers = {json.loads(line)["workers"] for line in (home / "runs/shop/steps.jsonl").read_text().splitlines()}
@@ -99,6 +107,14 @@ def test_the_same_on_the_command_line(
     assert capsys.readouterr().out != of_user
     assert run(["registry", "rollback", "--name", "shop"]) == 2
     assert "never at another version" in capsys.readouterr().err
+
+
+def test_the_moves_of_the_page_as_jobs(cluster: LocalCluster, home: Path) -> None:
+    root = str(home / "runs" / "registry")
+    assert run(["registry", "publish", str(home / "runs/shop/bundle"), "--name", "shop", "--root", root]) == 0
+    told = run_as_said(cluster, home, "how-to/canary.md", "jobs.canary", version="2")
+    assert told.keys() == {"jobs.canary", "jobs.promote", "jobs.rollback"}
+    assert Registry(root).labels("shop") == {"production": "1", "canary": "2"}
 
 
 @pytest.mark.parametrize(
