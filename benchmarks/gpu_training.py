@@ -2,7 +2,8 @@
 
 The network of the design: width 256, 4 blocks, 200 positions, 128 users a step, over synthetic histories of 27,000
 items whose lengths are spread as in public sets of 20 and of 1 million film ratings. `--check` instead compares loss
-curves: those of the device with the one of the CPU in float32. `--listing FILE` lists the kernels of the fastest way.
+curves: those of the device with the one of the CPU in float32. `--listing FILE` lists the kernels of the fastest way,
+and FILE with the ending .json says by kind what a step's time goes to.
 Without a GPU all runs on the CPU; `--quick` makes it tiny.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from benchmarks.kernels import Kernel, kernel_rows
 from benchmarks.result import Check, publish
 from elasticrec.columns import COUNT, ITEM, ITEM_INDEX, USER, USER_INDEX
 from elasticrec.data.plan import PlanConfig
@@ -197,6 +199,7 @@ class Watch(LocalHost):
     meetings = 0
     last_meeting = NEVER
     listing: Path | None = None
+    kernels: tuple[Kernel, ...] = ()
 
     def leaving(self) -> bool:
         self.meetings += 1
@@ -206,23 +209,27 @@ class Watch(LocalHost):
         elif self.listing is not None and self.meetings == PROFILE_FROM + 1:
             torch.cuda.synchronize()
             self._profile.stop()
-            table = self._profile.key_averages().table(sort_by="cuda_time_total", row_limit=50)
-            self.listing.write_text(table, encoding="utf-8")
+            found = self._profile.key_averages()
+            self.listing.write_text(found.table(sort_by="cuda_time_total", row_limit=50), encoding="utf-8")
+            self.kernels = tuple((one.key, one.self_device_time_total, one.count) for one in found)
         if self.meetings >= self.last_meeting:
             raise Measured
         return False
 
 
-def trained(
-    run: RunConfig, store: Store, device: str, *, meetings: int = NEVER, listing: Path | None = None
-) -> list[dict[str, Any]]:
+def trained(run: RunConfig, store: Store, device: str, *, meetings: int = NEVER) -> list[dict[str, Any]]:
     """The journal's lines of all steps, or of those before so many meetings."""
+    _train(run, store, device, meetings)
+    return read(run.folder / STEPS)
+
+
+def _train(run: RunConfig, store: Store, device: str, meetings: int, listing: Path | None = None) -> Watch:
     torch.compiler.reset()
     host = Watch(run.folder, device=device)
     host.last_meeting, host.listing = meetings, listing
     with contextlib.suppress(Measured):
         Loop(run, store, host).train()
-    return read(run.folder / STEPS)
+    return host
 
 
 def measure(
@@ -246,7 +253,9 @@ def measure(
     )
     if listing is not None:
         run = run_config(ways[-1], size, folder / "listed", dropout=0.2)
-        trained(run, store, device, meetings=PROFILE_FROM + 2, listing=listing)
+        kernels = _train(run, store, device, PROFILE_FROM + 2, listing).kernels
+        of_kind = kernel_rows(kernels, size.meet_every, rows[len(ways) - 1]["ms_per_step"])
+        publish("gpu_training", of_kind, [], listing.with_suffix(".json"))
     ran = sum(not row["failed"] for row in rows)
     best = rows[len(ways) - 1]["tokens_per_s"]
     return rows, [
