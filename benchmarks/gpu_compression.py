@@ -37,6 +37,7 @@ from elasticrec.compression.recipe import AS_TRAINED, Recipe, Step, label
 from elasticrec.compression.workbench import Workbench, apply
 from elasticrec.data.sequences import Int64, Store, open_store
 from elasticrec.data.split import LeaveOneOut, split
+from elasticrec.errors import ConfigError
 from elasticrec.evaluation.ranking import EvaluationConfig, Scorer, histories, rank, rank_metrics
 from elasticrec.model.answer import AnswerConfig, Answerer
 from elasticrec.model.block import BlockConfig
@@ -210,10 +211,12 @@ def _store(data: Path, quick: bool, folder: Path) -> Store:
 
 def _publish(rows: Sequence[dict[str, Any]], chosen: argparse.Namespace) -> str:
     """Writes the files; the lines that tell of checks, as the table is too wide for a terminal."""
+    found = frontier(rows)
     with contextlib.redirect_stdout(io.StringIO()) as told:
-        publish("gpu_compression", [_shown(row) for row in rows], checks(rows), chosen.json)
-    if chosen.report and (text := page(rows)):
-        chosen.report.write_text(text, encoding="utf-8")
+        publish("gpu_compression", [_shown(row, found) for row in rows], checks(rows), chosen.json)
+    if chosen.report and found:
+        why = f"On a GPU: {found.why}"
+        chosen.report.write_text(frontier_page(found.trials, found.teacher, why, BUDGET), encoding="utf-8")
     return "\n".join(line for line in told.getvalue().splitlines() if line.startswith(("holds", "MISSED")))
 
 
@@ -483,12 +486,14 @@ def _wait(limits: Limits) -> None:
 
 def _reason(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:REASON_CHARACTERS]
+    kind = REFUSED if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+    return f"{kind}{lines[0] if lines else ''}"[:REASON_CHARACTERS]
 
 
 # What is told
 
-_QUALITY = ("hr@10", "ndcg@10", "ndcg@10_diff", "ndcg@10_diff_low", "ndcg@10_diff_high")
+REFUSED = "refused: "  # on purpose, and so no failure
+_QUALITY = ("hr@10", "validation_ndcg@10", "ndcg@10", "ndcg@10_diff", "ndcg@10_diff_low", "ndcg@10_diff_high")
 _HIDDEN = ("quality", "teacher")
 _NUMBERS = ("p50_ms", "p99_ms", "device_ms", "times_teacher", "times_best", "agrees", "resident_mb", "weights_mb")
 
@@ -516,13 +521,15 @@ def _print(rows: Sequence[Mapping[str, Any]]) -> None:
         print(f"{mine[0]['network']}, {mine[0]['recipe']}, batch {batch}: {'; '.join(told)}{worth}", flush=True)
 
 
-def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in _HIDDEN}
+def _shown(row: Mapping[str, Any], found: "Frontier | None") -> dict[str, Any]:
+    trial = found.trial(row) if found else {}
+    marks = {mark: bool(trial.get(mark)) for mark in ("on_front", "chosen")}
+    return {name: value for name, value in row.items() if name not in _HIDDEN} | marks
 
 
 def checks(rows: Sequence[Mapping[str, Any]]) -> list[Check]:
     """What runs, what is kept, and what graphs and compilers are worth."""
-    failed = [row for row in rows if row["failed"]]
+    failed = [row for row in rows if row["failed"] and not row["failed"].startswith(REFUSED)]
     found = [Check(name="rows that failed", value=len(failed), target=0, unit="rows", holds=not failed)]
     for way, target in (("captured", 99.0), ("compiled", 90.0), ("compiled, captured", 90.0)):
         agree = [100 * row["agrees"] for row in rows if row["way"] == way and row["agrees"] is not None]
@@ -552,14 +559,28 @@ def _fastest(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping
     return {(row["network"], row["batch"]): row for row in known}
 
 
-def page(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The front of the trained network at batch 1, each recipe computed its fastest way."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frontier:
+    """The trained network's recipes at batch 1, each computed its fastest way, and which of them is chosen."""
+
+    trials: list[dict[str, Any]]
+    teacher: dict[str, Any]
+    why: str
+
+    def trial(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The trial that a row is; empty where it is none."""
+        name = _name(row) if row["quality"] and row["batch"] == 1 else None
+        return next((trial for trial in self.trials if trial["recipe"] == name), {})
+
+
+def frontier(rows: Sequence[Mapping[str, Any]]) -> Frontier | None:
+    """None before the teacher has been measured."""
     known = [row for row in rows if row["quality"] and row["batch"] == 1 and row["p50_ms"]]
     fastest = {row["recipe"]: row for row in sorted(known, key=lambda row: -float(row["p50_ms"]))}
     trials = [_trial(row) for row in fastest.values()]
     teacher = next((row for row in known if row["recipe"] == AS_TRAINED and row["way"] == LAUNCHED.name), None)
     if teacher is None:
-        return ""
+        return None
     base = _trial(teacher)
     base |= teacher["teacher"]  # as it scores in float32
     measures = [Trial(name=trial["recipe"], metrics=_chosen_by(trial)) for trial in trials]
@@ -568,7 +589,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     chosen = choice.trial.name if choice.trial else None
     for trial in trials:
         trial |= {"on_front": trial["recipe"] in best, "chosen": trial["recipe"] == chosen}
-    return frontier_page(trials, base, f"On a GPU: {choice.why}", BUDGET)
+    return Frontier(trials=trials, teacher=base, why=choice.why)
 
 
 _OBJECTIVES: dict[str, Direction] = {"ndcg@10": "max", "p50_ms": "min", "resident_bytes": "min"}
@@ -579,10 +600,14 @@ def _chosen_by(trial: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(trial[name]) for name in _OBJECTIVES} | {"ndcg@10": float(trial["validation_ndcg@10"])}
 
 
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['recipe']}, {row['way']}"
+
+
 def _trial(row: Mapping[str, Any]) -> dict[str, Any]:
     """As a sweep's rows are; bytes are those of the tensors."""
     return {
-        "recipe": f"{row['recipe']}, {row['way']}",
+        "recipe": _name(row),
         "status": "done",
         "bytes": 1e6 * row["weights_mb"],
         "resident_bytes": 1e6 * row["resident_mb"],
