@@ -4,7 +4,9 @@
 """
 
 import contextlib
+import fcntl
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -38,13 +40,15 @@ from elasticrec.training.host import LocalHost, Preempted
 from elasticrec.training.journal import STARTS, STEPS, read
 from elasticrec.training.loop import Loop
 from elasticrec.training.pieces import Snapshot
-from elasticrec.training.run import CheckpointConfig, ElasticConfig, RunConfig, ValidationConfig
+from elasticrec.training.run import LOCK_FILE, CheckpointConfig, ElasticConfig, RunConfig, ValidationConfig
 from elasticrec.training.saver import Saver
 from elasticrec.training.sync.all_reduce import AllReduce
 from elasticrec.training.tally import sample_key
 
 SETTLE_S = 10.0
 KILLED_NODE = "killed node, 2 to 1"
+TORN = "worker SIGKILL, torn checkpoint"
+BOTH_KILLED = "driver and controller SIGKILL, resubmitted"
 RAYS_OWN = f"Ray's own path: {KILLED_NODE}"
 MEET_EVERY = AllReduce().meet_every
 IDEAL = "step, one of two workers at half speed, ideal split"
@@ -131,7 +135,16 @@ class Training:
         self.wait_for(lambda: len(self.steps()) > begin and any(LocalHost(self.run.folder).checkpoints()))
         time.sleep(SETTLE_S)
 
-    def end(self) -> None:
+    def is_watched(self) -> bool:
+        """Whether a driver holds the run's lock."""
+        with (self.run.folder / LOCK_FILE).open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+            return False
+
+    def kill(self) -> None:
         self.process.kill()
         self.process.wait()
 
@@ -171,7 +184,12 @@ def _is_first(line: dict[str, Any], start: dict[str, Any]) -> bool:
 
 def train_workers(cluster: LocalCluster) -> list[int]:
     """Process ids of the workers that train now."""
-    return sorted(pid for pid in cluster.processes() if _title(pid).startswith("ray::RayTrainWorker"))
+    return of_title(cluster, "ray::RayTrainWorker")
+
+
+def of_title(cluster: LocalCluster, begin: str) -> list[int]:
+    """Process ids of those whose title begins like that."""
+    return sorted(pid for pid in cluster.processes() if _title(pid).startswith(begin))
 
 
 def _title(pid: int) -> str:
@@ -271,7 +289,7 @@ def node_scenarios(store: Store, storage: Path) -> list[Found]:
         results.append(leave(KILLED_NODE, training, functools.partial(cluster.remove_node, node)))
         _, node = join(training, cluster)
         results.append(leave("drained node, 2 to 1", training, functools.partial(drain, cluster, node)))
-        training.end()
+        training.kill()
     return results
 
 
@@ -290,7 +308,7 @@ def leave(scenario: str, training: Training, act: Callable[[], object]) -> Found
 
 
 def process_scenarios(store: Store, storage: Path) -> list[Found]:
-    """A worker, the driver, and the driver with the newest checkpoint are lost."""
+    """A worker, the driver, both of driver and controller, and a worker with the newest checkpoint are lost."""
     results = []
     run = config(store, storage, "processes")
     with local_cluster(LocalClusterConfig(num_cpus=2, train_slots=2)) as cluster:
@@ -298,15 +316,52 @@ def process_scenarios(store: Store, storage: Path) -> list[Found]:
         training.settle()
         fault = strike(training, lambda: os.kill(train_workers(cluster)[0], signal.SIGKILL))
         results.append(found("worker SIGKILL", training, fault))
-        for scenario in ("driver SIGKILL, resubmitted", "driver SIGKILL, torn checkpoint, resubmitted"):
+        training.settle()
+        training, ended = driver_killed(training, cluster)
+        results.append(ended)
+        for scenario in (TORN, BOTH_KILLED):
             training.settle()
-            fault = strike(training, training.end)
-            if "torn" in scenario:
-                tear_newest(run)
-            training = Training(run, cluster)
+            fault = strike(training, functools.partial(lose, scenario, training, cluster))
+            if training.process.poll() is not None:
+                training = Training(run, cluster)
             results.append(found(scenario, training, fault))
-        training.end()
+        training.kill()
     return results
+
+
+def driver_killed(training: Training, cluster: LocalCluster) -> tuple[Training, Found]:
+    """The longest gap between two steps, from the kill until the same command watches the run and ten steps more."""
+    fault = strike(training, training.kill)
+    again = Training(training.run, cluster)
+    again.wait_for(again.is_watched)
+    seen = len(again.steps())
+    again.wait_for(lambda: len(again.steps()) > seen + 10)
+    lines = again.steps()
+    times = [line["time"] for line in lines if line["time"] > fault.time_s]
+    gap_s = max(later - before for before, later in itertools.pairwise([fault.time_s, *times]))
+    lost = sum(start["again"] for start in again.starts()[fault.starts :])
+    return again, Found(
+        scenario="driver SIGKILL, resubmitted",
+        seconds=gap_s,
+        lost_steps=lost,
+        workers=lines[-1]["workers"],
+        lines=lines,
+    )
+
+
+def lose(scenario: str, training: Training, cluster: LocalCluster) -> None:
+    """Workers stand still first, so that no checkpoint is written between the two."""
+    if scenario == BOTH_KILLED:
+        training.kill()
+        (controller,) = of_title(cluster, "ray::KeptController")
+        os.kill(controller, signal.SIGKILL)
+        return
+    workers = train_workers(cluster)
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    tear_newest(training.run)
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL if worker == workers[0] else signal.SIGCONT)
 
 
 def rays_own_path(store: Store, storage: Path) -> list[Found]:
@@ -315,7 +370,7 @@ def rays_own_path(store: Store, storage: Path) -> list[Found]:
         training = Training(config(store, storage, "rays-own"), cluster, rays_own=True)
         joined, node = join(training, cluster)
         killed = leave(KILLED_NODE, training, functools.partial(cluster.remove_node, node))
-        training.end()
+        training.kill()
     return [replace(joined, scenario="Ray's own path: joining node, 1 to 2"), replace(killed, scenario=RAYS_OWN)]
 
 
@@ -421,15 +476,16 @@ def exact_rows(store: Store, storage: Path) -> list[dict[str, Any]]:
 
 
 def checks_of(rows: dict[str, dict[str, Any]]) -> list[Check]:
-    faults = [name for name in rows if ("to 1" in name or "SIGKILL" in name) and name != RAYS_OWN]
+    faults = [name for name in rows if ("to 1" in name or "SIGKILL" in name) and name not in (RAYS_OWN, BOTH_KILLED)]
     slowest_s = max(rows[name]["seconds"] for name in faults)
-    own_s = rows[RAYS_OWN]["seconds"]
+    both_s, own_s = rows[BOTH_KILLED]["seconds"], rows[RAYS_OWN]["seconds"]
     lost = rows["drained node, 2 to 1"]["lost_steps"]
     deviation = max(row["deviation"] for row in rows.values() if row["deviation"] is not None)
     miscounted = sum(row["miscounted_steps"] or 0 for row in rows.values())
     ratio = rows[BY_SPEED]["seconds"] / rows[IDEAL]["seconds"]
     return [
         Check(name="resume on two cores", value=slowest_s, target=12, unit="s", holds=slowest_s <= 12),
+        Check(name="the same without a controller to find", value=both_s, target=12, unit="s", holds=both_s <= 12),
         Check(name="Ray's own path takes 18 s or more", value=own_s, target=18, unit="s", holds=own_s >= 18),
         Check(name="steps lost on drain", value=lost, target=0, unit="steps", holds=lost == 0),
         Check(name="curve deviation, exact mode", value=deviation, target=0, unit="", holds=deviation == 0),

@@ -1,8 +1,9 @@
 """A training step on a GPU under Ray Train against a bare loop of the same passes without Ray: ms a step, tokens/s.
 
 The bare loop is what one would write: batches made ahead, the captured pass, optimizer, averaged weights; no counts,
-no journal, no checkpoint. Every 32 steps both wait for what the device was given two steps before. They take turns.
-Needs Ray; `--quick` makes it tiny.
+no journal, no checkpoint. Every 32 steps both wait for what the device was given two steps before. They take turns, and
+each stretch of 32 steps is compared with the one of the same batches in the other loop. Needs Ray; `--quick` makes it
+tiny.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_scale import best_on
-from benchmarks.gpu_training import FULL, TINY, Speed, make_store, run_config
+from benchmarks.gpu_training import FULL, TINY, make_store, run_config, stretches
 from benchmarks.result import Check, publish
 from elasticrec.cli.connection import connected
 from elasticrec.data.plan import Plan
@@ -43,7 +44,7 @@ def main() -> None:
     chosen = parser.parse_args()
     size = TINY if chosen.quick else FULL
     rounds = 1 if chosen.quick else chosen.rounds
-    speeds: dict[str, list[Speed]] = {"bare loop": [], "Ray Train": []}
+    found: dict[str, list[list[tuple[float, int]]]] = {"bare loop": [], "Ray Train": []}
     with tempfile.TemporaryDirectory() as folder, connected(train_slots=1):
         path = Path(folder) / "store"
         make_store(path, size, size.steps * size.batch_users)
@@ -51,26 +52,34 @@ def main() -> None:
         elastic = ElasticConfig(max_workers=1, gpus_per_worker=0.0 if chosen.device == "cpu" else 1.0)
         for turn in range(rounds):
             own = replace(run, name=str(turn), data=path, elastic=elastic)
-            speeds["bare loop"].append(Speed.of(bare(own, open_store(path), chosen.device), size.meet_every))
-            speeds["Ray Train"].append(Speed.of(under_ray(own), size.meet_every))
-            tell(speeds, chosen.json)
+            found["bare loop"].append(stretches(bare(own, open_store(path), chosen.device), size.meet_every))
+            found["Ray Train"].append(stretches(under_ray(own), size.meet_every))
+            tell(found, size.meet_every, chosen.json)
 
 
-def tell(speeds: dict[str, list[Speed]], file: Path | None) -> None:
-    """What is known after a round."""
+def tell(found: dict[str, list[list[tuple[float, int]]]], meet_every: int, file: Path | None) -> None:
+    """What is known after a round, of the seconds and tokens of each loop's stretches."""
     rows = [
         {
             "loop": name,
-            "ms_per_step": statistics.median(speed.ms_per_step for speed in of_loop),
-            "tokens_per_s": statistics.median(speed.tokens_per_s for speed in of_loop),
-            "rounds": len(of_loop),
+            "ms_per_step": 1e3 * statistics.median(seconds for turn in turns for seconds, _ in turn) / meet_every,
+            "tokens_per_s": sum(tokens for turn in turns for _, tokens in turn)
+            / sum(s for turn in turns for s, _ in turn),
+            "rounds": len(turns),
+            "stretches": sum(map(len, turns)),
         }
-        for name, of_loop in speeds.items()
+        for name, turns in found.items()
     ]
-    bare_speed, ray_speed = (statistics.median(speed.tokens_per_s for speed in of_loop) for of_loop in speeds.values())
-    slower = 100 * (bare_speed / ray_speed - 1)
+    slower = 100 * (statistics.median(ratios(found["bare loop"], found["Ray Train"])) - 1)
     name = "Ray Train against the bare loop: slower by"
     publish("gpu_ray", rows, [Check(name=name, value=slower, target=2.0, unit="%", holds=slower <= 2)], file)
+
+
+def ratios(bare: list[list[tuple[float, int]]], ray: list[list[tuple[float, int]]]) -> list[float]:
+    """Of the seconds of the same stretch; both loops had the same batches."""
+    pairs = [pair for turns in zip(bare, ray, strict=True) for pair in zip(*turns, strict=True)]
+    assert all(one[1] == other[1] for one, other in pairs), "the loops had different batches"
+    return [other[0] / one[0] for one, other in pairs]
 
 
 def under_ray(run: RunConfig) -> list[dict[str, Any]]:

@@ -305,16 +305,21 @@ class Speed:
 
     @classmethod
     def of(cls, lines: list[dict[str, Any]], meet_every: int) -> "Speed":
-        # The host is as far ahead of the device at each first step after a meeting, so such lines bound whole steps.
-        bounds = list(range(WARM_UP * meet_every, len(lines), meet_every))
-        stretches = [
-            (lines[end]["time"] - lines[begin]["time"], sum(line["tokens"] for line in lines[begin + 1 : end + 1]))
-            for begin, end in itertools.pairwise(bounds)
-        ]
+        found = stretches(lines, meet_every)
         return cls(
-            ms_per_step=1e3 * statistics.median(seconds for seconds, _ in stretches) / meet_every,
-            tokens_per_s=statistics.median(tokens / seconds for seconds, tokens in stretches),
+            ms_per_step=1e3 * statistics.median(seconds for seconds, _ in found) / meet_every,
+            tokens_per_s=statistics.median(tokens / seconds for seconds, tokens in found),
         )
+
+
+def stretches(lines: list[dict[str, Any]], meet_every: int) -> list[tuple[float, int]]:
+    """Seconds and tokens from meeting to meeting, without the warm-up."""
+    # The host is as far ahead of the device at each first step after a meeting, so such lines bound whole steps.
+    bounds = range(WARM_UP * meet_every, len(lines), meet_every)
+    return [
+        (lines[end]["time"] - lines[begin]["time"], sum(line["tokens"] for line in lines[begin + 1 : end + 1]))
+        for begin, end in itertools.pairwise(bounds)
+    ]
 
 
 def _failed(way: Way, why: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Elastic training on real nodes: workers, nodes, drivers and checkpoints are lost, samples are not."""
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ from elasticrec.model.own import ALLOWED, OwnBlockConfig
 from elasticrec.training.host import LocalHost, Preempted
 from elasticrec.training.journal import STARTS, STEPS, read
 from elasticrec.training.loop import Loop
-from elasticrec.training.run import CheckpointConfig, ElasticConfig, RunConfig, ValidationConfig
+from elasticrec.training.run import LOCK_FILE, CheckpointConfig, ElasticConfig, RunConfig, ValidationConfig
 
 pytestmark = pytest.mark.timeout(1200)
 N_USERS, N_ITEMS, STEPS_PER_EPOCH = 100, 300, 3
@@ -128,6 +129,26 @@ class Training:
             assert time.monotonic() < deadline_s, self.log()
             time.sleep(0.1)
 
+    def wait_until(self, reached: Callable[[], bool], timeout_s: float = 60) -> None:
+        """Whether or not the command still runs."""
+        deadline_s = time.monotonic() + timeout_s
+        while not reached():
+            assert time.monotonic() < deadline_s, self.log()
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def is_watched(self) -> bool:
+        """Whether a driver holds the run's lock."""
+        with (self.run.folder / LOCK_FILE).open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+            return False
+
     def finish(self, timeout_s: float = 240) -> None:
         assert self.process.wait(timeout_s) == 0, self.log()
 
@@ -147,6 +168,11 @@ class Training:
 
 def train_workers(cluster: LocalCluster) -> set[int]:
     """Process ids of the workers that train now."""
+    return of_title(cluster, "ray::RayTrainWorker")
+
+
+def of_title(cluster: LocalCluster, begin: str) -> set[int]:
+    """Process ids of those whose title begins like that."""
 
     def title(pid: int) -> str:
         try:
@@ -154,7 +180,7 @@ def train_workers(cluster: LocalCluster) -> set[int]:
         except OSError:
             return ""
 
-    return {pid for pid in cluster.processes() if title(pid).startswith("ray::RayTrainWorker")}
+    return {pid for pid in cluster.processes() if title(pid).startswith(begin)}
 
 
 def assert_every_sample_once(training: Training, store: Store) -> None:
@@ -220,7 +246,7 @@ def test_a_killed_worker_costs_no_sample(cluster: LocalCluster, data: Path, tmp_
 
 
 def test_the_same_command_goes_on_whatever_ended_it(cluster: LocalCluster, data: Path, tmp_path: Path) -> None:
-    run = run_config(data, tmp_path / "runs", "driver", epochs=50)
+    run = run_config(data, tmp_path / "runs", "driver", epochs=180)
     given_up = Training(replace(run, elastic=replace(run.elastic, max_failures=0)), cluster)
     given_up.wait_for(lambda: len(given_up.checkpoints()) > 0)
     os.kill(min(train_workers(cluster)), signal.SIGKILL)
@@ -228,28 +254,49 @@ def test_the_same_command_goes_on_whatever_ended_it(cluster: LocalCluster, data:
     assert "failed more than 0 times" in given_up.log()
     assert "Traceback" not in given_up.log()
 
-    first = Training(run, cluster)
-    begin = first.saved_step()
-    first.wait_for(lambda: first.saved_step() > begin and len(first.checkpoints()) == 2)
-    first.process.kill()
-    first.process.wait()
-    assert 0 < first.saved_step() < run.epochs * STEPS_PER_EPOCH
+    # Killed, a run goes on for a while. When nobody comes it saves and leaves.
+    forgotten = Training(replace(run, elastic=replace(run.elastic, alone_s=2.0)), cluster)
+    begin = forgotten.saved_step()
+    forgotten.wait_for(lambda: forgotten.saved_step() > begin)
+    forgotten.kill()
+    forgotten.wait_until(lambda: not train_workers(cluster))
+    assert forgotten.saved_step() == len(forgotten.steps()) < run.epochs * STEPS_PER_EPOCH
 
-    # And with its newest checkpoint torn, the one before it serves.
-    before, newest = first.checkpoints()[-2:]
+    # The same command finds it as it was: no worker starts again.
+    first = Training(run, cluster)
+    starts, steps = len(first.starts()), len(first.steps())
+    first.wait_for(lambda: len(first.steps()) > steps)
+    first.kill()
+    second = Training(run, cluster)
+    second.wait_for(second.is_watched)
+    steps = len(second.steps())
+    second.wait_for(lambda: len(second.steps()) > steps + 10)
+    assert len(second.starts()) == starts + 1
+
+    # Workers of a run whose first driver is dead are replaced as any others.
+    os.kill(min(train_workers(cluster)), signal.SIGKILL)
+    second.wait_for(lambda: len(second.starts()) == starts + 2)
+    steps = len(second.steps())
+    second.wait_for(lambda: len(second.steps()) > steps and len(second.checkpoints()) == 2)
+
+    # With the process that controls it gone, too, it starts again, and from the checkpoint before a torn one.
+    second.kill()
+    os.kill(*of_title(cluster, "ray::KeptController"), signal.SIGKILL)
+    second.wait_until(lambda: not train_workers(cluster))
+    before, newest = second.checkpoints()[-2:]
     whole = json.loads((before / "state.json").read_text())["step"]
     weights = newest / "state.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    second = Training(run, cluster)
-    second.finish()
-    assert second.starts()[-1]["step"] == whole
-    assert_every_sample_once(second, open_store(data))
-    assert_whole(second)
+    third = Training(run, cluster)
+    third.finish()
+    assert third.starts()[-1]["step"] == whole
+    assert_every_sample_once(third, open_store(data))
+    assert_whole(third)
 
     # Another plan under the same name is refused before anything starts.
-    third = Training(replace(run, epochs=run.epochs + 1), cluster)
-    assert third.process.wait(60) == 2
-    assert "give this run another name" in third.log()
+    other = Training(replace(run, epochs=run.epochs + 1), cluster)
+    assert other.process.wait(60) == 2
+    assert "give this run another name" in other.log()
 
 
 def test_a_node_that_joins_is_drained_or_dies_costs_no_sample(data: Path, tmp_path: Path) -> None:
@@ -272,8 +319,12 @@ def test_a_node_that_joins_is_drained_or_dies_costs_no_sample(data: Path, tmp_pa
         training.wait_for(lambda: training.steps()[-1]["workers"] == 1)
         alone = training.steps()[-1]["step"]
         training.wait_for(lambda: training.steps()[-1]["step"] > alone + 20)
-        training.process.kill()
-        training.process.wait()
+
+        # Who ends it in order loses nothing.
+        training.process.terminate()
+        assert training.process.wait(60) == 128 + signal.SIGTERM, training.log()
+        assert training.saved_step() == len(training.steps())
+        assert not train_workers(cluster)
     assert training.starts()[-1]["step"] >= written
     assert {line["workers"] for line in training.steps()} == {1, 2}
     assert_every_sample_once(training, open_store(data))

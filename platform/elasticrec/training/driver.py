@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.train import FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 
@@ -19,17 +20,16 @@ from elasticrec.data.plan import Plan
 from elasticrec.data.sequences import Store, open_store
 from elasticrec.data.split import split
 from elasticrec.errors import ConfigError, TrainingError
-from elasticrec.training import reservation, spares
+from elasticrec.training import controller, reservation, spares
 from elasticrec.training.checkpoint import Position, newest_valid, newest_whole, read_position
 from elasticrec.training.host import LocalHost
 from elasticrec.training.loop import digest
-from elasticrec.training.run import RunConfig
+from elasticrec.training.run import LOCK_FILE, RunConfig
 from elasticrec.training.scaling import PromptTrainer
 from elasticrec.training.worker import train_worker
 
 TRAIN_SLOT = "train_slot"  # a node offers as many as workers may train on it (docs/training.md)
 RUN_FILE = "run.json"
-LOCK_FILE = ".lock"
 
 # A run that goes on keeps these; "checkpoint" and "elastic" may change.
 KEPT = ("data", "epochs", "network", "loss", "split", "plan", "optimizer", "sync", "evaluation", "validation")
@@ -65,17 +65,34 @@ def fit(run: RunConfig) -> Trained:
     _check_cluster(run)
     with _alone(run):
         _remember(run)
-        check_checkpoints(run, store)
-        reservation.release(run.folder)
+        left_behind = controller.find(run)
+        if left_behind is None:
+            check_checkpoints(run, store)
+            reservation.release(run.folder)
         with _environment(TRAIN_ENVIRONMENT):
-            return _finished(run, _fit(run))
+            return _finished(run, _fit(run) if left_behind is None else _watch(run, left_behind))
 
 
 def _fit(run: RunConfig) -> Result:
     trainer = _trainer(run)
     reservation.remember(run.folder, trainer)
-    try:
+    with _told(run):
         return trainer.fit()
+
+
+def _watch(run: RunConfig, left_behind: ActorHandle[Any]) -> Result:
+    """As `trainer.fit()` ends, without its beginning."""
+    with _told(run):
+        result = controller.watch(left_behind)
+        if result.error:
+            raise result.error
+        return result
+
+
+@contextlib.contextmanager
+def _told(run: RunConfig) -> Iterator[None]:
+    try:
+        yield
     except TrainingFailedError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         told = lines[-1].strip() if lines else type(error).__name__

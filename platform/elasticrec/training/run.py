@@ -18,6 +18,7 @@ from elasticrec.training.sync.gossip import Gossip
 from elasticrec.training.sync.local_sgd import LocalSGD
 from elasticrec.training.sync.sharded import Sharded
 
+LOCK_FILE = ".lock"  # in a run's folder, held by the driver that watches it
 AnySync = AllReduce | Sharded | LocalSGD | Gossip | AsyncAverage
 
 
@@ -31,6 +32,7 @@ class ElasticConfig:
     gpus_per_worker: float = 0.0
     max_failures: int = 10
     resize_check_s: float = 30.0
+    alone_s: float = 120.0  # that a run goes on after its driver died, for the same command to find it
     exact: bool = False  # the same bits whatever the workers; one forward pass a shard
     balance: bool = True  # faster workers take more shards
 
@@ -39,8 +41,10 @@ class ElasticConfig:
             raise ConfigError(
                 f"elastic needs 1 <= min_workers <= max_workers, got {self.min_workers} and {self.max_workers}"
             )
-        if self.threads_per_worker < 1 or self.gpus_per_worker < 0 or self.resize_check_s <= 0:
-            raise ConfigError("threads_per_worker must be >= 1, gpus_per_worker >= 0 and resize_check_s above 0")
+        if self.threads_per_worker < 1 or self.gpus_per_worker < 0 or self.resize_check_s <= 0 or self.alone_s < 0:
+            raise ConfigError(
+                "threads_per_worker must be >= 1, gpus_per_worker and alone_s >= 0 and resize_check_s above 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,9 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, elastic
 
-from elasticrec.training import notice, spares
+from elasticrec.config import from_mapping
+from elasticrec.training import controller, notice, spares
+from elasticrec.training.run import RunConfig
 
 ANSWER_S = 1.0  # for a raylet to accept a connection
 SAVE_S = 30.0  # for a checkpoint before a group grows
@@ -123,12 +125,13 @@ def _answers(node: dict[str, Any]) -> bool:
 
 
 class PromptTrainer(TorchTrainer):  # type: ignore[misc]
-    """A TorchTrainer whose controller scales by PromptScaling, and whose first workers start beside the controller."""
+    """A TorchTrainer whose controller outlives the driver and scales by PromptScaling; workers start beside it."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
             arguments["scaling_policy"] = PromptScaling(self.scaling_config, self._first_spares())
-        return super()._initialize_and_run_controller(**arguments)
+        run = from_mapping(RunConfig, self.train_loop_config)
+        return controller.watch(controller.start(run, arguments))
 
     def _create_default_callbacks(self) -> list[Any]:
         """Ray's, but for the one that starts a process in each group for data sets of Ray Data: there are none."""
