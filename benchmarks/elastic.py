@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import fcntl
 import functools
 import itertools
 import multiprocessing
@@ -47,7 +46,6 @@ from elasticrec.training.tally import sample_key
 
 SETTLE_S = 10.0
 KILLED_NODE = "killed node, 2 to 1"
-TORN = "worker SIGKILL, torn checkpoint"
 BOTH_KILLED = "driver and controller SIGKILL, resubmitted"
 RAYS_OWN = f"Ray's own path: {KILLED_NODE}"
 MEET_EVERY = AllReduce().meet_every
@@ -137,12 +135,8 @@ class Training:
 
     def is_watched(self) -> bool:
         """Whether a driver holds the run's lock."""
-        with (self.run.folder / LOCK_FILE).open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return True
-            return False
+        inode = (self.run.folder / LOCK_FILE).stat().st_ino
+        return any(line.split()[5].endswith(f":{inode}") for line in Path("/proc/locks").read_text().splitlines())
 
     def kill(self) -> None:
         self.process.kill()
@@ -308,7 +302,7 @@ def leave(scenario: str, training: Training, act: Callable[[], object]) -> Found
 
 
 def process_scenarios(store: Store, storage: Path) -> list[Found]:
-    """A worker, the driver, both of driver and controller, and a worker with the newest checkpoint are lost."""
+    """A worker is lost, one with the newest checkpoint, the driver, and the driver with the controller."""
     results = []
     run = config(store, storage, "processes")
     with local_cluster(LocalClusterConfig(num_cpus=2, train_slots=2)) as cluster:
@@ -317,14 +311,17 @@ def process_scenarios(store: Store, storage: Path) -> list[Found]:
         fault = strike(training, lambda: os.kill(train_workers(cluster)[0], signal.SIGKILL))
         results.append(found("worker SIGKILL", training, fault))
         training.settle()
+        fault = strike(training, lambda: tear_and_kill(run, train_workers(cluster)))
+        results.append(found("worker SIGKILL, torn checkpoint", training, fault))
+        training.settle()
         training, ended = driver_killed(training, cluster)
         results.append(ended)
-        for scenario in (TORN, BOTH_KILLED):
-            training.settle()
-            fault = strike(training, functools.partial(lose, scenario, training, cluster))
-            if training.process.poll() is not None:
-                training = Training(run, cluster)
-            results.append(found(scenario, training, fault))
+        training.settle()
+        (controller,) = of_title(cluster, "ray::KeptController")
+        fault = strike(training, lambda: os.kill(controller, signal.SIGKILL))
+        training.kill()
+        training = Training(run, cluster)
+        results.append(found(BOTH_KILLED, training, fault))
         training.kill()
     return results
 
@@ -349,17 +346,11 @@ def driver_killed(training: Training, cluster: LocalCluster) -> tuple[Training, 
     )
 
 
-def lose(scenario: str, training: Training, cluster: LocalCluster) -> None:
-    """Workers stand still first, so that no checkpoint is written between the two."""
-    if scenario == BOTH_KILLED:
-        training.kill()
-        (controller,) = of_title(cluster, "ray::KeptController")
-        os.kill(controller, signal.SIGKILL)
-        return
-    workers = train_workers(cluster)
+def tear_and_kill(run: RunConfig, workers: list[int]) -> None:
+    """They stand still first, so that no checkpoint is written between the two."""
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)
-    tear_newest(training.run)
+    tear_newest(run)
     for worker in workers:
         os.kill(worker, signal.SIGKILL if worker == workers[0] else signal.SIGCONT)
 

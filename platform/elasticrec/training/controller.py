@@ -12,7 +12,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -20,7 +20,7 @@ import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, AsyncioActorExit, RayActorError, RayError
 from ray.train import Result
 from ray.train.v2._internal.constants import (
     DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
@@ -35,8 +35,9 @@ from elasticrec.training.run import RunConfig
 
 NAMESPACE = "elasticrec.training"
 POLL_S = 1.0  # between two words of a driver that watches
-SAVE_S = 30.0  # for a last checkpoint of a run that nobody watches any more
-LEAVE_S = 60.0  # for a controller of other settings to make room
+YIELD_S = 0.05
+SAVE_S = 60.0  # for a last checkpoint
+LEAVE_S = 90.0  # for a controller to make room
 
 
 class Held:
@@ -60,7 +61,7 @@ class KeptController(TrainController):  # type: ignore[misc]
         """
         super().__init__(**arguments)
         self._settings, self._alone_s = settings, alone_s
-        self._seen_s = time.monotonic()
+        self._watched = False  # by a driver, since this was looked at last
         self._ended = asyncio.Event()
         self._problem: Exception | None = None
 
@@ -68,18 +69,25 @@ class KeptController(TrainController):  # type: ignore[misc]
         mind = asyncio.ensure_future(self._mind(ray.get_runtime_context().current_actor))
         try:
             await super().run()
+        except AsyncioActorExit:
+            raise
         except Exception as error:  # noqa: BLE001 - told to whoever watches then
             self._problem = error
-        finally:
-            self._ended.set()
-            await mind
+        self._ended.set()
+        await mind
+
+    async def _run_control_loop_iteration(self) -> None:
+        """Ray's never yields while there is no room for workers, and nobody would be answered meanwhile."""
+        await super()._run_control_loop_iteration()
+        await asyncio.sleep(YIELD_S)
 
     async def settings(self) -> str:
+        self._watched = True
         return self._settings
 
     async def ended(self, within_s: float) -> bool:
         """Whether the run has ended by then; who asks counts as a driver that watches."""
-        self._seen_s = time.monotonic()
+        self._watched = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), within_s)
         if self._problem:
@@ -88,27 +96,34 @@ class KeptController(TrainController):  # type: ignore[misc]
 
     async def leave(self) -> None:
         """Ends the run, if it is under way, after a last checkpoint, and this process."""
+        self._settings = ""  # nobody finds it any more
         await self._save()
         await self.abort()
         ray.actor.exit_actor()
 
     async def _mind(self, own: ActorHandle[Any]) -> None:
-        while time.monotonic() - self._seen_s < self._alone_s:
+        """Counts moments in which it could have been asked: a start of workers lets nobody speak for seconds."""
+        alone_s = 0.0
+        while alone_s < self._alone_s:
+            self._watched = False
             await asyncio.sleep(POLL_S)
+            alone_s = 0.0 if self._watched else alone_s + POLL_S
+        self._settings = ""
         own.leave.remote()
 
     async def _save(self) -> None:
-        self._of_workers(notice.give)
+        """Tells whichever workers there are, until all of them have saved, or there are none, or it takes too long."""
         deadline_s = time.monotonic() + SAVE_S
-        while time.monotonic() < deadline_s and not all(self._of_workers(notice.has_saved)):
+        while self._worker_group and not self.get_state().is_terminal() and time.monotonic() < deadline_s:
+            if self._have_saved():
+                return
             await asyncio.sleep(0.2)
 
-    def _of_workers(self, question: Callable[[], object]) -> list[Any]:
-        """Their answers; none where there is no group, or one that is ending."""
+    def _have_saved(self) -> bool:
         with contextlib.suppress(Exception):  # whatever a group raises that is about to start or to end
             workers = self._worker_group.get_worker_group_state().workers
-            return list(ray.get([worker.execute_async(question) for worker in workers], timeout=5))
-        return []
+            return all(ray.get([worker.execute_async(notice.give) for worker in workers], timeout=5))
+        return False
 
 
 def asked(run: RunConfig) -> str:
@@ -118,15 +133,35 @@ def asked(run: RunConfig) -> str:
 
 
 def find(run: RunConfig) -> ActorHandle[Any] | None:
-    """The controller of that run that its driver left behind; one of other settings has to leave first."""
+    """The controller of that run that its driver left behind; one of other settings has to leave first.
+
+    Raises:
+        TrainingError: it does not.
+    """
+    controller = _named(run)
+    if controller is None:
+        return None
     try:
-        controller: ActorHandle[Any] = ray.get_actor(_name(run), namespace=NAMESPACE)
-        if ray.get(controller.settings.remote(), timeout=LEAVE_S) == asked(run):
+        told: Any = ray.get(controller.settings.remote(), timeout=LEAVE_S)
+        if told == asked(run):
             return controller
         _dismiss(controller)
-    except (ValueError, RayError):  # there is none, or it ended meanwhile
-        pass
+    except RayError:  # it ended meanwhile, or does not answer
+        ray.kill(controller)
+    deadline_s = time.monotonic() + LEAVE_S
+    while _named(run) is not None:
+        if time.monotonic() > deadline_s:
+            raise TrainingError(f"what controls run '{run.name}' neither answers nor ends; end it in Ray's dashboard")
+        time.sleep(0.2)
     return None
+
+
+def _named(run: RunConfig) -> ActorHandle[Any] | None:
+    try:
+        found: ActorHandle[Any] = ray.get_actor(_name(run), namespace=NAMESPACE)
+    except ValueError:
+        return None
+    return found
 
 
 def start(run: RunConfig, arguments: dict[str, Any]) -> ActorHandle[Any]:
@@ -159,8 +194,10 @@ def watch(controller: ActorHandle[Any]) -> Result:
                 pass
             result: Result = ray.get(controller.get_result.remote())
         except RayActorError as error:
+            why = str(error).splitlines()[0]
             raise TrainingError(
-                "the process that controls the training died; the same command goes on from the last checkpoint"
+                f"the process that controls the training has ended ({why}); the same command goes on from the last "
+                "checkpoint"
             ) from error
         except BaseException:
             _dismiss(controller)

@@ -69,8 +69,12 @@ def fit(run: RunConfig) -> Trained:
         if left_behind is None:
             check_checkpoints(run, store)
             reservation.release(run.folder)
-        with _environment(TRAIN_ENVIRONMENT):
-            return _finished(run, _fit(run) if left_behind is None else _watch(run, left_behind))
+        try:
+            with _environment(TRAIN_ENVIRONMENT):
+                return _finished(run, _fit(run) if left_behind is None else _watch(run, left_behind))
+        except (KeyboardInterrupt, SystemExit):
+            reservation.release(run.folder)  # of a controller that was ended at once
+            raise
 
 
 def _fit(run: RunConfig) -> Result:

@@ -10,9 +10,10 @@ WAIT_S = 60.0  # of a worker that has saved everything, for its end
 _given, _saved = threading.Event(), threading.Event()
 
 
-def give() -> None:
-    """Run in the worker's process by the controller."""
+def give() -> bool:
+    """Run in the worker's process by the controller; whether it has saved since."""
     _given.set()
+    return _saved.is_set()
 
 
 def is_given() -> bool:

@@ -41,10 +41,10 @@ class ElasticConfig:
             raise ConfigError(
                 f"elastic needs 1 <= min_workers <= max_workers, got {self.min_workers} and {self.max_workers}"
             )
-        if self.threads_per_worker < 1 or self.gpus_per_worker < 0 or self.resize_check_s <= 0 or self.alone_s < 0:
-            raise ConfigError(
-                "threads_per_worker must be >= 1, gpus_per_worker and alone_s >= 0 and resize_check_s above 0"
-            )
+        if self.threads_per_worker < 1 or self.gpus_per_worker < 0 or self.resize_check_s <= 0:
+            raise ConfigError("threads_per_worker must be >= 1, gpus_per_worker >= 0 and resize_check_s above 0")
+        if self.alone_s < 5:
+            raise ConfigError(f"alone_s {self.alone_s:g} must be at least 5: a driver that watches says so each second")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
