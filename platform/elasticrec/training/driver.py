@@ -63,34 +63,37 @@ def fit(run: RunConfig) -> Trained:
     store = open_store(run.data)
     _check_store(run, store)
     _check_cluster(run)
-    with _alone(run):
+    with _alone(run), _environment(TRAIN_ENVIRONMENT):
         _remember(run)
-        left_behind = controller.find(run)
-        if left_behind is None:
-            check_checkpoints(run, store)
-            reservation.release(run.folder)
-        try:
-            with _environment(TRAIN_ENVIRONMENT):
-                return _finished(run, _fit(run) if left_behind is None else _watch(run, left_behind))
-        except (KeyboardInterrupt, SystemExit):
+        return _finished(run, _result(run, store))
+
+
+def _result(run: RunConfig, store: Store) -> Result:
+    """Of what was left behind under that name, or of a new start."""
+    left_behind = controller.find(run)
+    try:
+        with _told(run):
+            return _start(run, store) if left_behind is None else _watch(left_behind)
+    except (KeyboardInterrupt, SystemExit):
+        with contextlib.suppress(ray.exceptions.RayError):
             reservation.release(run.folder)  # of a controller that was ended at once
-            raise
+        raise
 
 
-def _fit(run: RunConfig) -> Result:
+def _start(run: RunConfig, store: Store) -> Result:
+    check_checkpoints(run, store)
+    reservation.release(run.folder)
     trainer = _trainer(run)
     reservation.remember(run.folder, trainer)
-    with _told(run):
-        return trainer.fit()
+    return trainer.fit()
 
 
-def _watch(run: RunConfig, left_behind: ActorHandle[Any]) -> Result:
+def _watch(left_behind: ActorHandle[Any]) -> Result:
     """As `trainer.fit()` ends, without its beginning."""
-    with _told(run):
-        result = controller.watch(left_behind)
-        if result.error:
-            raise result.error
-        return result
+    result = controller.watch(left_behind)
+    if result.error:
+        raise result.error
+    return result
 
 
 @contextlib.contextmanager
