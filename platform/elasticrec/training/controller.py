@@ -20,13 +20,14 @@ import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, AsyncioActorExit, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, AsyncioActorExit, RayActorError, RayError, RayTaskError
 from ray.train import Result
 from ray.train.v2._internal.constants import (
     DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
     get_env_vars_to_propagate,
 )
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.controller.state import PreemptingState, RunningState, ShuttingDownState
 
 from elasticrec.config import to_mapping
 from elasticrec.errors import TrainingError
@@ -36,6 +37,8 @@ from elasticrec.training.run import RunConfig
 NAMESPACE = "elasticrec.training"
 POLL_S = 1.0  # between two words of a driver that watches
 YIELD_S = 0.05
+TRAINING = (RunningState, PreemptingState)
+WITH_WORKERS = (*TRAINING, ShuttingDownState)
 SAVE_S = 60.0  # for a last checkpoint
 LEAVE_S = 90.0  # for a controller to make room
 
@@ -62,11 +65,12 @@ class KeptController(TrainController):  # type: ignore[misc]
         super().__init__(**arguments)
         self._settings, self._alone_s = settings, alone_s
         self._watched = False  # by a driver, since this was looked at last
+        self._leaving = False
         self._ended = asyncio.Event()
         self._problem: Exception | None = None
 
     async def run(self) -> None:
-        mind = asyncio.ensure_future(self._mind(ray.get_runtime_context().current_actor))
+        self._minding = asyncio.ensure_future(self._mind(ray.get_runtime_context().current_actor))
         try:
             await super().run()
         except AsyncioActorExit:
@@ -74,11 +78,14 @@ class KeptController(TrainController):  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001 - told to whoever watches then
             self._problem = error
         self._ended.set()
-        await mind
 
     async def _run_control_loop_iteration(self) -> None:
-        """Ray's never yields while there is no room for workers, and nobody would be answered meanwhile."""
-        await super()._run_control_loop_iteration()
+        """Ray's never yields while there is no room for workers, and nobody would be answered meanwhile.
+
+        A run that leaves starts no workers any more.
+        """
+        if not self._leaving or isinstance(self.get_state(), WITH_WORKERS):
+            await super()._run_control_loop_iteration()
         await asyncio.sleep(YIELD_S)
 
     async def settings(self) -> str:
@@ -96,7 +103,7 @@ class KeptController(TrainController):  # type: ignore[misc]
 
     async def leave(self) -> None:
         """Ends the run, if it is under way, after a last checkpoint, and this process."""
-        self._settings = ""  # nobody finds it any more
+        self._leaving, self._settings = True, ""  # nobody finds it any more
         await self._save()
         await self.abort()
         ray.actor.exit_actor()
@@ -112,9 +119,9 @@ class KeptController(TrainController):  # type: ignore[misc]
         own.leave.remote()
 
     async def _save(self) -> None:
-        """Tells whichever workers there are, until all of them have saved, or there are none, or it takes too long."""
+        """Tells the workers that train, until all of them have saved, or they are gone, or it takes too long."""
         deadline_s = time.monotonic() + SAVE_S
-        while self._worker_group and not self.get_state().is_terminal() and time.monotonic() < deadline_s:
+        while isinstance(self.get_state(), TRAINING) and time.monotonic() < deadline_s:
             if self._have_saved():
                 return
             await asyncio.sleep(0.2)
@@ -193,7 +200,7 @@ def watch(controller: ActorHandle[Any]) -> Result:
             while not _has_ended(controller):
                 pass
             result: Result = ray.get(controller.get_result.remote())
-        except RayActorError as error:
+        except (RayActorError, RayTaskError) as error:
             why = str(error).splitlines()[0]
             raise TrainingError(
                 f"the process that controls the training has ended ({why}); the same command goes on from the last "

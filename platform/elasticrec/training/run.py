@@ -43,7 +43,7 @@ class ElasticConfig:
             )
         if self.threads_per_worker < 1 or self.gpus_per_worker < 0 or self.resize_check_s <= 0:
             raise ConfigError("threads_per_worker must be >= 1, gpus_per_worker >= 0 and resize_check_s above 0")
-        if self.alone_s < 5:
+        if not self.alone_s >= 5:
             raise ConfigError(f"alone_s {self.alone_s:g} must be at least 5: a driver that watches says so each second")
 
 
