@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -571,3 +572,34 @@ def test_the_image_gets_what_it_copies_and_nothing_else() -> None:
     assert "*" in ignored
     assert {line.removeprefix("!") for line in ignored if line.startswith("!")} == sources
     assert all((ROOT / source).exists() for source in sources)
+
+
+def test_the_image_has_this_package(tmp_path: Path) -> None:
+    """Its first stage, step by step, without the dependencies."""
+    folder, venv = tmp_path / "opt", tmp_path / "venv"
+    folder.mkdir()
+    stage = iter(instructions())
+    assert next(stage)[0] == "FROM"
+    for word, rest in stage:
+        if word == "FROM":
+            break
+        if word == "COPY":
+            *sources, _ = rest.split()
+            for source in sources:
+                subprocess.run(
+                    ["cp", "--archive", ROOT / source, folder], check=True
+                )  # as old as they are, as Docker does
+        if word == "RUN":
+            command = (
+                re.sub(r"--mount=\S+", "", rest)
+                .replace("/opt/venv", str(venv))
+                .replace("python -m", f"{sys.executable} -m")
+            )
+            env = os.environ | {"PATH": f"{venv}/bin:{os.environ['PATH']}", "PIP_NO_DEPS": "1"}
+            subprocess.run(command, shell=True, cwd=folder, env=env, check=True)
+    ask = "import elasticrec, importlib.metadata as m; print(elasticrec.__version__, m.version('elasticrec'))"
+    run = subprocess.run(
+        [venv / "bin/python", "-c", ask], cwd=tmp_path, env={}, capture_output=True, text=True, check=True
+    )
+    one, other = run.stdout.split()
+    assert one == other
