@@ -1,6 +1,7 @@
 """The manifests of deploy/kuberay hold together: fields, names, ports, resources, secrets, and what runs inside."""
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -578,28 +579,15 @@ def test_the_image_has_this_package(tmp_path: Path) -> None:
     """Its first stage, step by step, without the dependencies."""
     folder, venv = tmp_path / "opt", tmp_path / "venv"
     folder.mkdir()
-    stage = iter(instructions())
-    assert next(stage)[0] == "FROM"
-    for word, rest in stage:
-        if word == "FROM":
-            break
-        if word == "COPY":
-            *sources, _ = rest.split()
-            for source in sources:
-                subprocess.run(
-                    ["cp", "--archive", ROOT / source, folder], check=True
-                )  # as old as they are, as Docker does
+    path = os.pathsep.join([f"{venv}/bin", str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = os.environ | {"PATH": path, "PIP_NO_DEPS": "1"}
+    for word, rest in itertools.takewhile(lambda step: step[0] != "FROM", instructions()[1:]):
+        if word == "COPY":  # files stay as old as they are
+            subprocess.run(["cp", "--archive", *(ROOT / source for source in rest.split()[:-1]), folder], check=True)
         if word == "RUN":
-            command = (
-                re.sub(r"--mount=\S+", "", rest)
-                .replace("/opt/venv", str(venv))
-                .replace("python -m", f"{sys.executable} -m")
-            )
-            env = os.environ | {"PATH": f"{venv}/bin:{os.environ['PATH']}", "PIP_NO_DEPS": "1"}
+            command = re.sub(r"--mount=\S+", "", rest).replace("/opt/venv", str(venv))
             subprocess.run(command, shell=True, cwd=folder, env=env, check=True)
     ask = "import elasticrec, importlib.metadata as m; print(elasticrec.__version__, m.version('elasticrec'))"
-    run = subprocess.run(
-        [venv / "bin/python", "-c", ask], cwd=tmp_path, env={}, capture_output=True, text=True, check=True
-    )
-    one, other = run.stdout.split()
+    run = subprocess.run([venv / "bin/python", "-c", ask], cwd=tmp_path, env={}, stdout=subprocess.PIPE, check=True)
+    one, other = run.stdout.decode().split()
     assert one == other
