@@ -39,7 +39,8 @@ def section(name: str, result: dict[str, Any]) -> str:
     checks = [[_verdict(check), check["name"], _reached(check), _target(check)] for check in result["checks"]]
     parts = [f"## {result['theme']}, {name.removeprefix(result['theme'] + '_')}"]
     parts += [_table(["", "target", "reached", "asked for"], checks)] if checks else []
-    parts += [_table(list(result["rows"][0]), [list(row.values()) for row in result["rows"]])] if result["rows"] else []
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row))
+    parts += [_table(names, [[row.get(name) for name in names] for row in result["rows"]])] if names else []
     parts += [result["note"]] if "note" in result else []  # what whoever filed it adds
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     parts += [

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -57,7 +58,8 @@ def publish(theme: str, rows: Sequence[dict[str, Any]], checks: Sequence[Check],
 def keep(theme: str, rows: Sequence[dict[str, Any]], checks: Sequence[Check], file: Path | None) -> None:
     """Writes what is known so far when a file is asked for: a run that ends early leaves its rows."""
     if file:
-        file.write_text(json.dumps(_envelope(theme, rows, checks), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(_envelope(theme, rows, checks), indent=2, allow_nan=False)
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def _envelope(theme: str, rows: Sequence[dict[str, Any]], checks: Sequence[Check]) -> dict[str, Any]:
@@ -69,9 +71,14 @@ def _envelope(theme: str, rows: Sequence[dict[str, Any]], checks: Sequence[Check
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "command": shlex.join(["python", "-m", f"benchmarks.{theme}", *map(_placeless, sys.argv[1:])]),
-        "rows": list(rows),
+        "rows": [{name: _finite(value) for name, value in row.items()} for row in rows],
         "checks": [asdict(check) for check in checks],
     }
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: what was not measured, or never reached, is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _hardware() -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.page import MARK, RESULTS, results, section, shown
+from benchmarks.result import keep
 
 ROOT = Path(__file__).parents[2]
 RESULT = {
@@ -43,12 +44,25 @@ def test_a_note_stands_before_where_a_result_is_from() -> None:
     assert lines[-1].startswith("x86_64, 2 cores")
 
 
+def test_a_column_that_the_first_row_lacks_is_shown() -> None:
+    lines = section("speed_laptop", RESULT | {"rows": [{"way": "one"}, {"way": "two", "sent per s": 3}]}).splitlines()
+    assert "| way | sent per s |" in lines
+    assert "| one |  |" in lines
+    assert "| two | 3 |" in lines
+
+
+def test_what_was_not_measured_is_null_in_a_file(tmp_path: Path) -> None:
+    keep("speed", [{"way": "one", "s": float("nan")}, {"way": "two", "s": float("inf")}], [], tmp_path / "speed.json")
+    rows = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))["rows"]
+    assert rows == [{"way": "one", "s": None}, {"way": "two", "s": None}]
+
+
 def test_every_file_of_results_has_its_section_and_figures() -> None:
     text = results(RESULTS)
     files = sorted(RESULTS.glob("*.json"))
     assert text.count("\n## ") + 1 == len(files)
     for file in files:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)
         assert f"(`benchmarks/results/{file.name}`)" in text
         for check in result["checks"]:
             assert f"{'holds' if check['holds'] else '**MISSED**'} | {check['name']} | {shown(check['value'])}" in text
