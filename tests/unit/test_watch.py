@@ -240,7 +240,7 @@ def test_events_that_outlive_their_request_are_the_slow_ones_that_count(tmp_path
         transport = httpx.ASGITransport(app=create_app(service, None))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             body = {"events": [{"user_id": "u", "item_id": "i1"}]}
-            hurry = {"x-request-timeout-ms": "50"}
+            hurry = {"x-request-timeout-ms": "1000"}  # a busy machine must come to both within it
             asking = []
             for _ in range(2):  # one is written, one waits
                 asking.append(asyncio.create_task(client.post("/v1/events", json=body, headers=hurry)))
@@ -259,4 +259,4 @@ def test_events_that_outlive_their_request_are_the_slow_ones_that_count(tmp_path
     assert page.added[series.EVENTS, ()] == 1  # the other one was given up
     lags = page.observed[series.EVENT_LAG_MS, ()]
     assert sum(lags.counts) == 2
-    assert lags.sum > 2 * 250  # the deadline and its grace
+    assert lags.sum > 2 * 1000  # the deadline, and its grace
