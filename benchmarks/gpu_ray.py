@@ -1,7 +1,7 @@
 """A training step on a GPU under Ray Train against a bare loop of the same passes without Ray: ms a step, tokens/s.
 
 The bare loop is what one would write: batches made ahead, the captured pass, optimizer, averaged weights; no counts,
-no journal, no checkpoint. Every 32 steps both wait for what the device was given two steps before. They take turns, and
+no journal, no checkpoint. Every 32 steps both wait for what the device was given 8 steps before. They take turns, and
 each stretch of 32 steps is compared with the one of the same batches in the other loop. Needs Ray; `--quick` makes it
 tiny.
 """
@@ -28,7 +28,7 @@ from elasticrec.model.network import Network
 from elasticrec.training import compute
 from elasticrec.training.feed import Cut, Feed
 from elasticrec.training.journal import STEPS, read
-from elasticrec.training.loop import STEPS_AHEAD
+from elasticrec.training.loop import steps_ahead
 from elasticrec.training.optimizer import AveragedWeights, learning_rate, make_optimizer
 from elasticrec.training.run import ElasticConfig, RunConfig
 from elasticrec.training.sync.all_reduce import AllReduce
@@ -117,7 +117,7 @@ def bare(run: RunConfig, store: Store, device: str) -> list[dict[str, Any]]:
             if (step + 1) % run.sync.meet_every == 0 and place.type == "cuda":
                 done = torch.cuda.Event()
                 done.record()
-            if done is not None and (step + 1) % run.sync.meet_every == STEPS_AHEAD:
+            if done is not None and (step + 1) % run.sync.meet_every == steps_ahead(run.sync.meet_every, place):
                 done.synchronize()
     return lines
 

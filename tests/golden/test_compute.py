@@ -18,9 +18,9 @@ from elasticrec.errors import ConfigError
 from elasticrec.model.bias import RelativeBias, Scene, TimeGaps
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.layout import layout_of
-from elasticrec.model.loss import FullSoftmax, softmax_gradient, softmax_gradient_in_place
-from elasticrec.model.network import NetworkConfig
-from elasticrec.training.compute import ComputeConfig
+from elasticrec.model.loss import FullSoftmax, SummedLoss, softmax_gradient, softmax_gradient_in_place
+from elasticrec.model.network import Network, NetworkConfig
+from elasticrec.training.compute import ComputeConfig, apply
 from elasticrec.training.host import LocalHost
 from elasticrec.training.journal import STEPS, read
 from elasticrec.training.loop import Loop
@@ -206,3 +206,17 @@ def test_averaged_weights_leave_the_trained_ones_where_they_were(store: Store, t
     with loop.averaged.worn_by(loop.network):
         assert [parameter.data_ptr() for parameter in loop.network.parameters()] != before
     assert [parameter.data_ptr() for parameter in loop.network.parameters()] == before
+
+
+@pytest.mark.parametrize(
+    ("able", "precision", "warned"), [(False, "bfloat16", 1), (True, "bfloat16", 0), (False, "float32", 0)]
+)
+def test_a_cpu_that_cannot_multiply_bfloat16_says_so(
+    able: bool, precision: str, warned: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("elasticrec.training.compute.multiplies_bfloat16", lambda: able)
+    config = ComputeConfig(precision=precision)  # type: ignore[arg-type]
+    network = Network(NetworkConfig(encoder=EncoderConfig(width=8, blocks=1, max_length=4)), 5)
+    with caplog.at_level("WARNING", logger="elasticrec.training.compute"):
+        apply(config, SummedLoss(network, FullSoftmax()), torch.device("cpu"))
+    assert sum("no instructions for bfloat16" in record.message for record in caplog.records) == warned

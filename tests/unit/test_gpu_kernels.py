@@ -19,6 +19,7 @@ from elasticrec.compression.workbench import Workbench, apply
 from elasticrec.data.split import LeaveOneOut
 from elasticrec.errors import ConfigError
 from elasticrec.evaluation.ranking import EvaluationConfig
+from elasticrec.model import loss
 from elasticrec.model.answer import AnswerConfig, Answerer
 from elasticrec.model.block import BlockConfig
 from elasticrec.model.encoder import EncoderConfig
@@ -68,17 +69,42 @@ def test_attention_without_a_grid(dtype: torch.dtype, near: float) -> None:
         assert (own.double() - expected).norm() < near * expected.norm()
 
 
-@pytest.mark.parametrize("items", [1_000, 27_000])  # few warps and many
-def test_softmax_in_one_pass(items: int) -> None:
+@pytest.mark.parametrize("items", [1_000, 27_000, 60_000])  # few warps and many
+@pytest.mark.parametrize(("products", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 8e-3)])
+def test_softmax_in_one_pass(products: torch.dtype, near: float, items: int) -> None:
     from elasticrec.model import softmax_triton
 
-    logits_mI = torch.randn(65, items, device="cuda") * 5
+    logits_mI = (torch.randn(65, items, device="cuda") * 5).to(products)
     target_m1 = torch.randint(0, items, (65, 1), device="cuda")
     target_m1[7] = -1
     expected = softmax_gradient(logits_mI.double(), target_m1, torch.float64)
-    own = softmax_triton.softmax_gradient(logits_mI, target_m1, torch.float32)
+    own = softmax_triton.softmax_gradient_in_place(logits_mI, target_m1, products)
+    assert own[1].data_ptr() == logits_mI.data_ptr()
     torch.testing.assert_close(own[0].double(), expected[0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(own[1].double(), expected[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(own[1].double(), expected[1], rtol=near, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**21, 2**29])  # several chunks and one
+def test_a_fused_loss_with_narrow_logits(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    """Logits are rounded as coarsely as their gradient: what is summed of them is right to a part in a thousand."""
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cuda", chunk_bytes)
+    found = []
+    for fused in (False, True):
+        generator = torch.Generator("cuda").manual_seed(0)
+        query_MD = torch.nn.functional.normalize(torch.randn(700, 64, device="cuda", generator=generator), dim=1) * 20
+        item_ID = torch.nn.functional.normalize(torch.randn(5_003, 64, device="cuda", generator=generator), dim=1)
+        target_M = torch.randint(0, 5_003, (700,), device="cuda", generator=generator)
+        target_M[-9:] = -1
+        query_MD.requires_grad_(), item_ID.requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=fused):
+            total = loss.summed_cross_entropy(query_MD, item_ID, target_M, fused=fused)
+        total.backward()
+        assert query_MD.grad is not None
+        assert item_ID.grad is not None
+        assert not query_MD.grad[-9:].any()
+        found.append((total.detach(), query_MD.grad, item_ID.grad))
+    for expected, own in zip(*found, strict=True):
+        assert (own - expected).norm() < 5e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("integers", [False, True])

@@ -17,6 +17,7 @@ from elasticrec.model.history import History
 from elasticrec.model.layout import Layout
 from elasticrec.model.loss import Batch, FullSoftmax, SummedLoss, summed_cross_entropy
 from elasticrec.model.network import Network, NetworkConfig
+from elasticrec.model.unit import fused_unit, unit
 
 N_ITEMS = 40
 T = 8
@@ -235,3 +236,21 @@ def test_without_any_target_the_loss_is_zero_and_so_is_every_gradient() -> None:
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 2, 6)])
+def test_fused_unit_vectors(shape: tuple[int, ...]) -> None:
+    """As torch has them, and their gradient; a row of zeros, as padding is, is divided by almost nothing."""
+    x_D = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x_D[0] = 0.0
+    grad_D = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for function in (unit, fused_unit):
+        own_D = (x_D * 1.0).requires_grad_()
+        unit_D = function(own_D * 2.0)  # no leaf, of which torch's compiler would warn
+        unit_D.backward(grad_D)
+        assert own_D.grad is not None
+        found.append((unit_D.detach(), own_D.grad))
+    torch.testing.assert_close(found[1], found[0])
+    with torch.no_grad():
+        assert torch.equal(fused_unit(x_D), unit(x_D))

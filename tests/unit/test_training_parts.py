@@ -21,6 +21,7 @@ from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.history import History
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.training import checkpoint
+from elasticrec.training.board import Board
 from elasticrec.training.checkpoint import STATE, TENSORS, Position, newest_valid, read_position, read_tensors, save
 from elasticrec.training.elastic import (
     Balance,
@@ -454,6 +455,22 @@ def test_a_resumed_journal_has_each_step_once(tmp_path: Path) -> None:
     write_steps(tmp_path, 4, range(4, 10), note="again")
     lines = read(tmp_path / STEPS)
     assert lines == [line_of(step) for step in range(4)] + [line_of(step, "again") for step in range(4, 10)]
+
+
+def test_steps_that_are_told_together_are_one_point_of_a_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's thread would hold the interpreter when the host of a GPU has the next step to launch."""
+    drawn: list[tuple[int, dict[str, float]]] = []
+    monkeypatch.setattr(Board, "_draw", lambda _, step, values: drawn.append((step, values)))
+    with Journal(tmp_path, 0) as journal:
+        for step in (0, 1):
+            journal.step(line_of(step))
+        journal.flush()
+        journal.flush()
+        journal.step(line_of(2))
+    assert drawn == [
+        (1, {"train/loss": 0.75, "train/learning_rate": 0.1}),
+        (2, {"train/loss": 1 / 3, "train/learning_rate": 0.1}),
+    ]
 
 
 def test_a_new_run_starts_an_empty_journal(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ class _ChunkedDistillation(torch.autograd.Function):
     ) -> Tensor:
         query_grad_MD, item_grad_ID = torch.empty_like(query_MD), torch.zeros_like(item_ID)
         loss = torch.zeros((), dtype=torch.float64, device=query_MD.device)
-        size = chunk_tokens(query_MD.device, len(item_ID))
+        size = chunk_tokens(query_MD.device, 4 * len(item_ID))
         with torch.autocast(query_MD.device.type, enabled=False):
             for begin in range(0, len(query_MD), size):
                 pick = slice(begin, begin + size)

@@ -10,11 +10,11 @@ from functools import singledispatch
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elasticrec.errors import ConfigError
 from elasticrec.model.quantized import ItemTable
+from elasticrec.model.unit import unit
 
 Product = Callable[[Tensor], Tensor]  # queries (B, D) -> scores (B, I)
 
@@ -75,6 +75,7 @@ class CosineHead(Head):
 
     def __init__(self, config: HeadConfig, width: int) -> None:
         super().__init__()
+        self.unit: Callable[[Tensor], Tensor] = unit  # `training.compute` may put the fused one here
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
         self.user_scale = nn.Linear(width, 1) if config.user_temperature else None
         if self.user_scale is not None:
@@ -86,10 +87,10 @@ class CosineHead(Head):
         log_scale_B1: Tensor = self.log_scale
         if self.user_scale is not None:  # at most 2.7 times colder or warmer than the mean
             log_scale_B1 = log_scale_B1 + torch.tanh(self.user_scale(h_BD))
-        return F.normalize(h_BD, dim=-1) * log_scale_B1.exp()
+        return self.unit(h_BD) * log_scale_B1.exp()
 
     def key(self, row_D: Tensor) -> Tensor:
-        return F.normalize(row_D, dim=-1)
+        return self.unit(row_D)
 
     def product(self, items: ItemTable) -> Product:
         return items.cosine  # linear in the query, so the length of the query (the scale) stays in

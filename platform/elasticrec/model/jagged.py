@@ -58,13 +58,12 @@ def _attend_backward(
     grad: Tensor, qkv: Tensor, weight: Tensor, offset: Tensor, out: Tensor, log: Tensor, longest: int
 ) -> tuple[Tensor, Tensor]:
     heads, users, inner = len(weight), len(offset) - 1, qkv.shape[1] // 3
-    grad = grad.contiguous()
-    delta_NM = (grad.float() * out.float()).view(len(qkv), heads, -1).sum(dim=2).t().contiguous()
+    grad, delta_NM = grad.contiguous(), torch.empty_like(log)  # the kernel of queries fills it in for the others
     given = (qkv, weight, offset, grad, log, delta_NM)
     found_M3A = qkv.new_zeros(len(qkv), 3 * inner)
     size = _sizes("queries", inner // heads)
     grid = (triton.cdiv(longest, size["Q"]), users * heads)
-    _backward_queries[grid](*given, found_M3A, *_shape(qkv, weight), **size)
+    _backward_queries[grid](*given, out, found_M3A, *_shape(qkv, weight), **size)
     size = _sizes("keys", inner // heads)
     grid = (triton.cdiv(longest, size["K"]), users * heads)
     _backward_keys[grid](*given, found_M3A, *_shape(qkv, weight), **size)
@@ -176,11 +175,11 @@ def _probabilities(query_QH, key_KH, weight_N, log_Q, i_Q, j_K, length, n_distan
 
 @triton.jit
 def _backward_queries(
-    qkv, weight, offset, grad, log, delta, found,
+    qkv, weight, offset, grad, log, delta, out, found,
     n_tokens, row, inner, n_distances, n_heads, scale,
     H: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a block of queries."""
+    """The gradient of a block of queries, and the products of their outputs with the gradients of these."""
     user, head = tl.program_id(1) // n_heads, tl.program_id(1) % n_heads
     first = tl.load(offset + user)
     length = tl.load(offset + user + 1) - first
@@ -190,9 +189,12 @@ def _backward_queries(
         of_user = qkv + first * row + head * H
         real_Q1 = i_Q[:, None] < length
         query_QH = tl.load(of_user + i_Q[:, None] * row + within_H[None, :], mask=real_Q1, other=0.0)
-        grad_QH = tl.load(grad + (first + i_Q)[:, None] * inner + head * H + within_H[None, :], mask=real_Q1, other=0.0)
+        place_QH = (first + i_Q)[:, None] * inner + head * H + within_H[None, :]
+        grad_QH = tl.load(grad + place_QH, mask=real_Q1, other=0.0)
+        out_QH = tl.load(out + place_QH, mask=real_Q1, other=0.0)
+        delta_Q = tl.sum(grad_QH.to(tl.float32) * out_QH.to(tl.float32), 1)
+        tl.store(delta + head * n_tokens + first + i_Q, delta_Q, mask=i_Q < length)
         log_Q = tl.load(log + head * n_tokens + first + i_Q, mask=i_Q < length, other=0.0)
-        delta_Q = tl.load(delta + head * n_tokens + first + i_Q, mask=i_Q < length, other=0.0)
         sum_QH = tl.zeros([Q, H], tl.float32)
         for start in range(0, tl.minimum(begin + Q, length), K):
             j_K = start + tl.arange(0, K)

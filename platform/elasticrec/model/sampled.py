@@ -166,7 +166,7 @@ class _ChunkedSampledCrossEntropy(torch.autograd.Function):
         device = query_MD.device
         products = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query_MD.dtype
         loss = torch.zeros((), dtype=torch.float64, device=device)
-        size = chunk_tokens(device, len(negative_KD))
+        size = chunk_tokens(device, 4 * len(negative_KD))
         with torch.autocast(device.type, enabled=False):
             factor_KD = negative_KD.to(products)
             for begin in range(0, len(query_MD), size):

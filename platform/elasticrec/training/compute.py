@@ -1,6 +1,7 @@
 """How a step is computed: a config in, a loss whose forward pass is cast, compiled, captured or computed again out."""
 
 import functools
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,15 +10,19 @@ from torch import Tensor
 
 from elasticrec.errors import ConfigError
 from elasticrec.model.encoder import Encoder
+from elasticrec.model.head import CosineHead
 from elasticrec.model.history import History
-from elasticrec.model.loss import FullSoftmax, SummedLoss
+from elasticrec.model.loss import FullSoftmax, SummedLoss, multiplies_bfloat16
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.model.recompute import Recompute
+from elasticrec.model.unit import fused_unit
 from elasticrec.training.captured import CapturedLink
 from elasticrec.training.feed import Shapes
 from elasticrec.training.pieces import is_sharded
 from elasticrec.training.sync.all_reduce import AllReduceLink
 from elasticrec.training.sync.protocol import Link
+
+log = logging.getLogger(__name__)
 
 PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -84,6 +89,11 @@ def apply(config: ComputeConfig, loss: SummedLoss, device: torch.device) -> None
     if config.bucket_tokens and (type(loss) is not SummedLoss or not isinstance(loss.config, FullSoftmax)):
         raise ConfigError("compute.bucket_tokens is known to loss.kind full_softmax alone; leave it out")
     loss.products = PRODUCTS[config.precision]
+    if config.precision == "bfloat16" and device.type == "cpu" and not multiplies_bfloat16():
+        log.warning(
+            "this CPU has no instructions for bfloat16: steps take some 3 times as long as in float32; leave "
+            "compute.precision out"
+        )
     if device.type == "cuda" and config.precision != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     encoder = loss.network.encoder
@@ -105,6 +115,8 @@ def compile_network(loss: SummedLoss, network: Network, config: ComputeConfig) -
         block.forward = torch.compile(block.forward, dynamic=None if config.bucket_tokens else False, mode=mode)
     if blocks:
         return
+    if isinstance(network.head, CosineHead):
+        network.head.unit = fused_unit
     if not config.bucket_tokens:
         loss.hidden = torch.compile(network.forward, dynamic=False, mode=mode)
         return

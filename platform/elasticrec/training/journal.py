@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import IO, Any
 
@@ -31,12 +32,13 @@ class Journal:
         self._steps = _open_rewound(folder / STEPS, resume_step, earlier)
         self._epochs = _open_rewound(folder / EPOCHS, resume_step, read(folder / EPOCHS))
         self._board = Board(folder / "tensorboard", resume_step)
+        self._undrawn: list[Mapping[str, Any]] = []
 
     def step(self, line: Mapping[str, Any]) -> None:
         """One training step: step, epoch, loss, learning rate, counted samples and tokens, workers, seconds."""
         self._steps.write(json.dumps(line) + "\n")
         self._observer.step(line)
-        self._board.draw(line["step"], {f"train/{name}": line[name] for name in ("loss", "learning_rate")})
+        self._undrawn.append(line)
 
     def epoch(self, line: Mapping[str, Any]) -> None:
         """One epoch: mean loss, and the validation metrics when it was validated."""
@@ -46,9 +48,13 @@ class Journal:
         self.flush()
 
     def flush(self) -> None:
-        """Lets readers see all lines so far."""
+        """Lets readers see all lines so far. Steps told since the last time are one point of a curve, their mean."""
         self._steps.flush()
         self._epochs.flush()
+        if self._undrawn:
+            means = {f"train/{name}": fmean(line[name] for line in self._undrawn) for name in ("loss", "learning_rate")}
+            self._board.draw(self._undrawn[-1]["step"], means)
+            self._undrawn = []
 
     def __enter__(self) -> "Journal":
         return self
@@ -56,6 +62,7 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.flush()
         self._steps.close()
         self._epochs.close()
         self._board.close()

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-STEPS_AHEAD = 2  # that a GPU is given before its host listens to a meeting, so that it does not wait meanwhile
 MakeLoss = Callable[[Network, AnyLoss], SummedLoss]
 
 
@@ -116,7 +115,7 @@ class Loop:
         self._untold = _Untold()
         self._under_way: _UnderWay | None = None
         self._laps: list[Laps] = []  # of steps that the split has not been measured by
-        self._ahead = min(STEPS_AHEAD, self.sync.meet_every - 1) if host.device.type == "cuda" else 0
+        self._ahead = steps_ahead(self.sync.meet_every, host.device)
         self._snapshot, self._saver = Snapshot(), Saver(run.checkpoint.background)
         self._resume()
 
@@ -206,10 +205,17 @@ class Loop:
         # Float64 holds a sum of a step's losses exactly, or nearly so, in whatever order they come.
         loss = torch.zeros((), dtype=torch.float64, device=self.host.device)
         for place, piece in enumerate(pieces):
-            torch.manual_seed(_piece_seed(self.run.plan.seed, self.step, piece.key))
+            self._seed(_piece_seed(self.run.plan.seed, self.step, piece.key))
             loss += link.accumulate(self.table.placed(piece.batch), tokens, last=place == len(pieces) - 1)
         share = Share(tokens=mine, samples=len(users), sample_key=sample_key(users))
         return loss, share
+
+    def _seed(self, seed: int) -> None:
+        """As `torch.manual_seed`, which asks every kind of device: half a millisecond of a GPU's host."""
+        torch.default_generator.manual_seed(seed)
+        if self.host.device.type == "cuda":
+            index = self.host.device.index
+            torch.cuda.default_generators[torch.cuda.current_device() if index is None else index].manual_seed(seed)
 
     def _pieces(self) -> list[Piece]:
         """What this worker runs forward, one after the other.
@@ -425,6 +431,11 @@ class Loop:
         if self.host.rank == 0:
             return Journal(self.run.folder, self.step, self.host.observer)
         return contextlib.nullcontext(_NoJournal())
+
+
+def steps_ahead(meet_every: int, device: torch.device) -> int:
+    """How many steps a GPU is given before its host listens to a meeting, so that it does not wait meanwhile."""
+    return min(meet_every - 1, max(2, meet_every // 4)) if device.type == "cuda" else 0
 
 
 def digest(plan: Plan, store: Store) -> str:
