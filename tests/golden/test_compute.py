@@ -101,11 +101,15 @@ def test_the_compiled_network_and_loss_follow_the_curve(
 ) -> None:
     """Captured and differentiated as on a GPU; kernels are not made, since a C++ compiler takes minutes for them."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("elasticrec.model.unit._compiled", functools.cache(torch.compile))
     compiled = curve(store, tmp_path / "compiled", ComputeConfig(compile=True), dropout=0.0, fused=True)
     assert compiled == pytest.approx(expected, rel=1e-5)
 
 
-def test_bfloat16_products_follow_the_curve(store: Store, tmp_path: Path, expected: list[float]) -> None:
+def test_bfloat16_products_follow_the_curve(
+    store: Store, tmp_path: Path, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elasticrec.training.compute.multiplies_bfloat16", lambda: True)  # or slowly
     rounded = curve(store, tmp_path / "rounded", ComputeConfig(precision="bfloat16"), dropout=0.0)
     assert rounded != expected
     assert rounded == pytest.approx(expected, rel=5e-3)
@@ -211,12 +215,14 @@ def test_averaged_weights_leave_the_trained_ones_where_they_were(store: Store, t
 @pytest.mark.parametrize(
     ("able", "precision", "warned"), [(False, "bfloat16", 1), (True, "bfloat16", 0), (False, "float32", 0)]
 )
-def test_a_cpu_that_cannot_multiply_bfloat16_says_so(
+def test_a_cpu_that_cannot_multiply_bfloat16_says_so_and_does_not(
     able: bool, precision: str, warned: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("elasticrec.training.compute.multiplies_bfloat16", lambda: able)
     config = ComputeConfig(precision=precision)  # type: ignore[arg-type]
     network = Network(NetworkConfig(encoder=EncoderConfig(width=8, blocks=1, max_length=4)), 5)
+    loss = SummedLoss(network, FullSoftmax())
     with caplog.at_level("WARNING", logger="elasticrec.training.compute"):
-        apply(config, SummedLoss(network, FullSoftmax()), torch.device("cpu"))
+        apply(config, loss, torch.device("cpu"))
     assert sum("no instructions for bfloat16" in record.message for record in caplog.records) == warned
+    assert (loss.products == torch.bfloat16) == (able and precision == "bfloat16")

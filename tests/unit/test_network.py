@@ -1,5 +1,6 @@
 """The network: what a position may depend on, what the scores are, where gradients go; and the loss, to the letter."""
 
+import functools
 import math
 
 import pytest
@@ -238,9 +239,12 @@ def test_without_any_target_the_loss_is_zero_and_so_is_every_gradient() -> None:
         assert not parameter.grad.any(), name
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
 @pytest.mark.parametrize("shape", [(7, 5), (3, 2, 6)])
-def test_fused_unit_vectors(shape: tuple[int, ...]) -> None:
+def test_fused_unit_vectors(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch has them, and their gradient; a row of zeros, as padding is, is divided by almost nothing."""
+    compiled = functools.cache(functools.partial(torch.compile, backend="aot_eager"))  # no kernels
+    monkeypatch.setattr("elasticrec.model.unit._compiled", compiled)
     x_D = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x_D[0] = 0.0
     grad_D = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -254,3 +258,37 @@ def test_fused_unit_vectors(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(found[1], found[0])
     with torch.no_grad():
         assert torch.equal(fused_unit(x_D), unit(x_D))
+    (grad_D,) = torch.autograd.grad((fused_unit(own_D) ** 3).sum(), own_D, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # and no zeros in silence
+        grad_D.sum().backward()
+
+
+@pytest.mark.parametrize("scale", [20, 100])  # as heads start, and where a temperature may fall to
+@pytest.mark.parametrize("chunk_bytes", [2**16, 2**24])  # several chunks and one
+def test_narrow_logits(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, scale: int) -> None:
+    """What a GPU's kernel is given, and writes its gradient over; queries near their answers, items near each other."""
+
+    def in_place(logits_mI: Tensor, target_m1: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor]:
+        assert logits_mI.dtype == products == torch.float16
+        total, grad_mI = loss.softmax_gradient_in_place(logits_mI.float(), target_m1, products)
+        return total, logits_mI.copy_(grad_mI)
+
+    monkeypatch.setattr(loss, "fused_softmax", lambda *_: loss.Softmax(in_place, narrow=True))
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", chunk_bytes)
+    generator = torch.Generator().manual_seed(0)
+    noise = functools.partial(torch.randn, generator=generator)
+    item_ID = F.normalize(noise(20, 32).repeat_interleave(40, 0)[:777] + 0.5 * noise(777, 32), dim=1)
+    target_M = torch.randint(0, 777, (300,), generator=generator)
+    query_MD = F.normalize(item_ID[target_M] + 0.1 * noise(300, 32), dim=1) * scale
+    target_M[-9:] = -1
+    found = []
+    for fused in (False, True):
+        query, item = query_MD.clone().requires_grad_(), item_ID.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=fused):
+            total = summed_cross_entropy(query, item, target_M, fused=fused)
+        total.backward()
+        assert query.grad is not None
+        assert item.grad is not None
+        found.append((total.detach(), query.grad, item.grad))
+    for expected, own in zip(*found, strict=True):
+        assert (own - expected).norm() < 2e-4 * scale * expected.norm()  # bfloat16 is at 4 times that and more

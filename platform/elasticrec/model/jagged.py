@@ -58,7 +58,8 @@ def _attend_backward(
     grad: Tensor, qkv: Tensor, weight: Tensor, offset: Tensor, out: Tensor, log: Tensor, longest: int
 ) -> tuple[Tensor, Tensor]:
     heads, users, inner = len(weight), len(offset) - 1, qkv.shape[1] // 3
-    grad, delta_NM = grad.contiguous(), torch.empty_like(log)  # the kernel of queries fills it in for the others
+    grad, out, delta_NM = grad.contiguous(), out.contiguous(), torch.empty_like(log)
+    # The kernel of queries fills in delta for the others.
     given = (qkv, weight, offset, grad, log, delta_NM)
     found_M3A = qkv.new_zeros(len(qkv), 3 * inner)
     size = _sizes("queries", inner // heads)

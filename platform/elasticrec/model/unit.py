@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SHORTEST = 1e-12  # length that vectors are divided by at least, as in `F.normalize`
 
@@ -31,13 +32,14 @@ class _FusedUnit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_D: Tensor) -> Tensor:
-        unit_D, length_1 = _compiled(_forward)(x_D.detach())
+        unit_D, length_1 = _compiled(_forward)(_of_any_number(x_D))
         ctx.save_for_backward(unit_D, length_1)
         return unit_D  # type: ignore[no-any-return]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        given = [tensor.detach() for tensor in (grads[0], *ctx.saved_tensors)]
+        given = [_of_any_number(tensor) for tensor in (grads[0], *ctx.saved_tensors)]
         return _compiled(_backward)(*given)  # type: ignore[no-any-return]
 
 
@@ -48,6 +50,14 @@ def _forward(x_D: Tensor) -> tuple[Tensor, Tensor]:
 
 def _backward(grad_D: Tensor, unit_D: Tensor, length_1: Tensor) -> Tensor:
     return (grad_D - unit_D * (grad_D * unit_D).sum(dim=-1, keepdim=True)) / length_1
+
+
+def _of_any_number(x_D: Tensor) -> Tensor:
+    """Marked so that one compilation is for all numbers of vectors, whichever come first, and of one width."""
+    x_D = x_D.detach()
+    torch._dynamo.maybe_mark_dynamic(x_D, 0)
+    torch._dynamo.mark_static(x_D, x_D.dim() - 1)
+    return x_D
 
 
 @functools.cache

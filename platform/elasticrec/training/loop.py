@@ -435,7 +435,7 @@ class Loop:
 
 def steps_ahead(meet_every: int, device: torch.device) -> int:
     """How many steps a GPU is given before its host listens to a meeting, so that it does not wait meanwhile."""
-    return min(meet_every - 1, max(2, meet_every // 4)) if device.type == "cuda" else 0
+    return min(meet_every - 1, max(2, meet_every // 4), 8) if device.type == "cuda" else 0
 
 
 def digest(plan: Plan, store: Store) -> str:
