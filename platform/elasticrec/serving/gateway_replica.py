@@ -32,8 +32,8 @@ class GatewayReplica(HttpReplica):
     """HTTP and events; gathers a batch before the one hop to a model replica."""
 
     def __init__(self, args: Args, model: DeploymentHandle[Any]) -> None:
-        # Straight to the replica and not by way of Ray's object store: half the time of a hop.
-        self._model, self._meter = model.options(_by_reference=False), Meter()
+        self._model, self._meter = model, Meter()
+        self._straight = model.options(_by_reference=False)  # as a message of gRPC: half the time of a hop
         keys, events, items = open_keys(args), open_histories(args), open_items(args.events)
         thread = ThreadPoolExecutor(1, thread_name_prefix="history")
 
@@ -56,5 +56,6 @@ class GatewayReplica(HttpReplica):
             raise UnavailableError("the model does not answer; try again") from error
 
     async def _ask(self, uri: str, question: Question, left_s: float | None, refused: int) -> Candidates:
-        candidates: Candidates = await self._model.score.remote(uri, question, left_s, refused)
+        model = self._straight if question.is_message else self._model
+        candidates: Candidates = await model.score.remote(uri, question, left_s, refused)
         return candidates
