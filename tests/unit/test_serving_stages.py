@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elasticrec.artifact.bundle import Bundle, write_bundle
-from elasticrec.data.inputs import Past
 from elasticrec.model.block import BlockConfig
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.history import History
@@ -278,23 +277,3 @@ def test_items_are_found_by_their_id() -> None:
     assert catalogue.find("") is None
     assert "i4" in catalogue
     assert catalogue.indices(["i4", "?", "i1", "i4"]).tolist() == [4, 1, 4]
-
-
-@pytest.mark.parametrize(
-    ("rows", "more", "expected"),
-    [
-        (1, {}, True),
-        (64, {"k": 1000}, True),
-        (64, {"k": 2000}, False),  # answers
-        (1, {"blocked_item_N": np.zeros(140_000, dtype=np.int64)}, False),
-        (1, {"filter_PI": np.zeros((9, 125_000), dtype=np.uint8)}, False),
-        (1, {"vectors": True}, False),  # a candidate's may have any width
-        (1, {"past": None, "like_B": np.ones(1, dtype=np.int64)}, True),
-    ],
-)
-def test_large_questions_do_not_go_as_messages(rows: int, more: dict[str, Any], expected: bool) -> None:
-    none_N = np.zeros(0, dtype=np.int64)
-    past = Past(np.ones((rows, 50), dtype=np.int32))
-    fields: dict[str, Any] = {"past": past, "blocked_row_N": none_N, "blocked_item_N": none_N, "k": 100} | more
-    question = Question(**fields)
-    assert question.is_message is expected

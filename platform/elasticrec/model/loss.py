@@ -35,16 +35,21 @@ class Softmax(NamedTuple):
     narrow: bool = False  # takes logits in the type of matrix products, and writes the gradient in their place
 
     def products(self, asked: torch.dtype) -> torch.dtype:
-        """What factors, narrow logits and their gradient are: float16 for bfloat16, as they never are large.
+        """What factors, narrow logits and their gradient are: float16 for bfloat16, as none of them are large.
 
         A logit's rounding is an error of its exponential, and that of bfloat16 is eight times as coarse: at logits of
-        16 to 32 up to 6 % of a probability.
+        16 to 32 up to 6 % of a probability. Logits beyond 65,504 are infinite.
         """
         return torch.float16 if self.narrow and asked == torch.bfloat16 else asked
 
     def row_bytes(self, items: int, products: torch.dtype) -> int:
         """What counts of a row for `CHUNK_BYTES`; narrow ones may be twice as many, as nothing else is held of them."""
         return items * products.itemsize // 2 if self.narrow else 4 * items
+
+
+def gradient_scale(products: torch.dtype) -> float:
+    """Times what it is a narrow gradient is written: probabilities under 3e-8 would be 0 in float16."""
+    return 2.0**14 if products == torch.float16 else 1.0
 
 
 class Negatives(NamedTuple):
@@ -250,12 +255,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 else:
                     item_grad_ID += _product(grad_mI[:, :items].t(), query_mD)
         ctx.save_for_backward(query_grad_MD, item_grad_ID)
+        ctx.scale = gradient_scale(products) if softmax.narrow else 1.0
         return loss.to(query_grad_MD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         query_grad_MD, item_grad_ID = ctx.saved_tensors
-        return query_grad_MD * grads[0], item_grad_ID * grads[0], None, None, None
+        grad = grads[0] / ctx.scale
+        return query_grad_MD * grad, item_grad_ID * grad, None, None, None
 
 
 def _held(query_MD: Tensor, item_ID: Tensor, most: int) -> Tensor:

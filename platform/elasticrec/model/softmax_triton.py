@@ -11,17 +11,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elasticrec.model.loss import gradient_scale
+
 MOST_ITEMS = 65_536  # of a row, which registers have to hold
 
 
 def softmax_gradient_in_place(logits_mI: Tensor, target_m1: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As the function of `model.loss` of this name, up to MOST_ITEMS items; logits come as products take them."""
+    """As the function of `model.loss` of this name, up to MOST_ITEMS items; logits come as products take them.
+
+    The gradient is `gradient_scale` times what it is.
+    """
     assert logits_mI.dtype == products, "the gradient takes the place of the logits"
     assert logits_mI.is_contiguous()
     tokens, items = logits_mI.shape
     loss_m = torch.empty(tokens, device=logits_mI.device)
-    block = triton.next_power_of_2(items)
-    _row[(tokens,)](logits_mI, target_m1, loss_m, items, BLOCK=block, num_warps=warps_of(block))
+    block, scale = triton.next_power_of_2(items), gradient_scale(products)
+    _row[(tokens,)](logits_mI, target_m1, loss_m, items, scale, BLOCK=block, num_warps=warps_of(block))
     return loss_m.double().sum(), logits_mI
 
 
@@ -31,7 +36,7 @@ def warps_of(block: int) -> int:
 
 
 @triton.jit
-def _row(logits, target, loss, n_items, BLOCK: tl.constexpr):
+def _row(logits, target, loss, n_items, scale, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     item_I = tl.arange(0, BLOCK)
     answer = tl.load(target + token)
@@ -43,5 +48,5 @@ def _row(logits, target, loss, n_items, BLOCK: tl.constexpr):
     total = tl.sum(power_I, 0)
     is_answer = answer >= 0  # a row of padding has no loss and no gradient
     grad_I = power_I * tl.where(is_answer, 1.0 / total, 0.0) - tl.where(item_I == answer, 1.0, 0.0)
-    tl.store(row + item_I, grad_I.to(logits.dtype.element_ty), mask=item_I < n_items)
+    tl.store(row + item_I, (grad_I * scale).to(logits.dtype.element_ty), mask=item_I < n_items)
     tl.store(loss + token, tl.where(is_answer, tl.log(total) + peak - picked, 0.0))

@@ -1,13 +1,10 @@
 """Arguments of the graph and a handle of model replicas in; a gateway of the topology `split` out."""
 
-import asyncio
-import contextvars
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final
 
-import grpc  # type: ignore[import-untyped]
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -33,7 +30,6 @@ class GatewayReplica(HttpReplica):
 
     def __init__(self, args: Args, model: DeploymentHandle[Any]) -> None:
         self._model, self._meter = model, Meter()
-        self._straight = model.options(_by_reference=False)  # as a message of gRPC: half the time of a hop
         keys, events, items = open_keys(args), open_histories(args), open_items(args.events)
         thread = ThreadPoolExecutor(1, thread_name_prefix="history")
 
@@ -46,16 +42,10 @@ class GatewayReplica(HttpReplica):
         self._serve(args, load, keys, events, items, batches_in_flight=in_flight, meter=self._meter)
 
     async def _score(self, uri: str, question: Question) -> Candidates:
-        refused = self._meter.untold()  # the model's replicas are those that grow
-        asked = self._ask(uri, question, left_s(), refused)
         try:
-            # In a context of its own: Serve hands an answer that belongs to an HTTP request on as bytes.
-            return await asyncio.get_running_loop().create_task(asked, context=contextvars.Context())
-        except (RayError, RayServeException, grpc.RpcError) as error:
+            refused = self._meter.untold()  # the model's replicas are those that grow
+            candidates: Candidates = await self._model.score.remote(uri, question, left_s(), refused)
+        except (RayError, RayServeException) as error:
             _LOGGER.error("the model did not answer: %s", error)
             raise UnavailableError("the model does not answer; try again") from error
-
-    async def _ask(self, uri: str, question: Question, left_s: float | None, refused: int) -> Candidates:
-        model = self._straight if question.is_message else self._model
-        candidates: Candidates = await model.score.remote(uri, question, left_s, refused)
         return candidates

@@ -4,7 +4,7 @@
 # F filtered rows, M bonuses, D width
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,6 @@ from elasticrec.data.inputs import Past
 from elasticrec.data.sequences import Float32, Int32, Int64
 
 UInt8 = npt.NDArray[np.uint8]
-
-
-MESSAGE_BYTES = 2**20  # of a question or an answer, a quarter of what Serve's gRPC lets through
-_WIDEST = 1024  # numbers of a query that an answer may hold
 
 
 def _none() -> Int64:
@@ -47,16 +43,6 @@ class Question:
     like_BD: Float32 | None = None
     vectors: bool = False  # whether the directions of the candidates are wanted
     reasons: bool = False  # whether the item of the history that is most like each candidate is wanted
-
-    @property
-    def is_message(self) -> bool:
-        """Whether it and its answer are small enough to go from process to process as a message."""
-        arrays = [getattr(self, part.name) for part in fields(self)] + list(self.past or ())
-        asked = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
-        asks_B = self.past.item_BT if self.past is not None else self.like_B
-        rows = 0 if asks_B is None else len(asks_B)
-        answered = rows * (12 * self.k + 4 * _WIDEST)
-        return not self.vectors and max(asked, answered) <= MESSAGE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

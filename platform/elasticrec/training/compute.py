@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import platform
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,7 +101,8 @@ def apply(config: ComputeConfig, loss: SummedLoss, device: torch.device) -> None
 
 def products_on(device: torch.device, precision: str) -> torch.dtype:
     """What matrix products take; float32 on a CPU whose steps would take 3.6 times as long without it."""
-    if precision == "bfloat16" and device.type == "cpu" and not multiplies_bfloat16():
+    slow = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and not multiplies_bfloat16()
+    if precision == "bfloat16" and slow:
         log.warning("this CPU has no instructions for bfloat16; its workers compute in float32")
         return torch.float32
     return PRODUCTS[precision]
