@@ -31,6 +31,7 @@ from elasticrec.training.run import CheckpointConfig, ElasticConfig, RunConfig, 
 
 NEVER = 1_000_000
 IN_BFLOAT16 = "ours, Ray Train, 2 workers, bfloat16"
+BFLOAT16 = ComputeConfig(precision="bfloat16", bucket_tokens=128)  # few shapes, as docs/training.md advises
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +91,7 @@ def all_ways(python: str) -> list[Way]:
         Way(name="RecTools SASRec, 2 threads", cores=2, train=peer(2), threads=2),
         Way(name="ours, Ray Train, 2 workers", cores=2, train=under_ray, workers=2),
         Way(name="ours, Ray Train, 1 worker of 2 threads", cores=2, train=under_ray, threads=2),
-        Way(name=IN_BFLOAT16, cores=2, train=under_ray, workers=2, compute=ComputeConfig(precision="bfloat16")),
+        Way(name=IN_BFLOAT16, cores=2, train=under_ray, workers=2, compute=BFLOAT16),
         Way(name="RecTools SASRec, 1 thread", cores=1, train=peer(1)),
         Way(name="bare loop, 1 thread", cores=1, train=bare),
         Way(name="ours, Ray Train, 1 worker", cores=1, train=under_ray),

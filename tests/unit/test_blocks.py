@@ -19,7 +19,7 @@ from elasticrec.data.split import LeaveOneOut, split
 from elasticrec.errors import ConfigError
 from elasticrec.evaluation.ranking import histories
 from elasticrec.model.bias import RelativeBias, Scene, TimeGaps
-from elasticrec.model.block import BlockConfig
+from elasticrec.model.block import BlockConfig, attend
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.features import EventInput, RatingInput
 from elasticrec.model.head import DotHeadConfig, HeadConfig
@@ -180,6 +180,30 @@ def test_gaps_are_from_the_event_to_the_request_in_buckets_of_equal_ratio() -> N
             assert bucket_TT[i, j] == expected, (i, j)
     far = gaps.bucket(torch.tensor([[0]]), torch.tensor([[2**40]]))
     assert far.item() == 29
+
+
+def test_attention_within_autocast_does_not_round_its_bias() -> None:
+    torch.manual_seed(0)
+    q_BNLH, k_BNLH, v_BNLH = (torch.randn(3, 2, T, 4, dtype=torch.bfloat16) for _ in range(3))
+    bias = torch.randn(1, 2, T, T).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        own = attend(q_BNLH, k_BNLH, v_BNLH, bias)
+        assert torch.equal(own, F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH, attn_mask=bias))
+
+
+@pytest.mark.parametrize("users", [1, 3])  # one bias for all, or each their own
+def test_attention_with_a_bias_that_learns_is_that_of_torch(users: int) -> None:
+    torch.manual_seed(0)
+    parts = [torch.randn(3, T, 2, 4, dtype=torch.float64).transpose(1, 2).requires_grad_() for _ in range(3)]
+    hidden_TT = torch.ones(T, T, dtype=torch.bool).triu(1)
+    bias = torch.randn(users, 2, T, T, dtype=torch.float64).masked_fill(hidden_TT, float("-inf")).requires_grad_()
+    weight = torch.randn(3, 2, T, 4, dtype=torch.float64)
+    own, torchs = attend(*parts, bias), F.scaled_dot_product_attention(*parts, attn_mask=bias)
+    assert torch.allclose(own, torchs)
+    for one, other in zip(
+        *(torch.autograd.grad((a * weight).sum(), [*parts, bias]) for a in (own, torchs)), strict=True
+    ):
+        assert torch.allclose(one, other)
 
 
 def test_the_bias_by_time_has_the_gradient_of_a_lookup() -> None:

@@ -1,5 +1,7 @@
 """The plan: every user once an epoch, shards that partition a step, windows that are true to the data."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -49,6 +51,35 @@ def test_shards_partition_a_step_in_its_order(lengths: list[int], config: PlanCo
     shards = [plan.shard(step, shard) for shard in range(config.shards)]
     assert np.concatenate(shards).tolist() == plan.users(step).tolist()
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@given(seed=st.integers(0, 2**31), shards=st.integers(2, 8), per_shard=st.integers(1, 8), step=st.integers(0, 3))
+def test_shards_of_a_full_step_differ_by_less_than_one_history(
+    seed: int, shards: int, per_shard: int, step: int
+) -> None:
+    config = PlanConfig(batch_users=shards * per_shard, shards=shards)
+    lengths = np.random.default_rng(seed).integers(4, 40, 4 * config.batch_users).tolist()
+    plan = plan_of(lengths, config, max_length=30)
+    tokens_S = [plan.windows(step, plan.shard(step, shard)).tokens for shard in range(shards)]
+    length_B = np.count_nonzero(plan.windows(step, plan.users(step)).target_BT, axis=1)
+    assert max(tokens_S) - min(tokens_S) <= max(length_B) - min(length_B)
+
+
+@pytest.mark.parametrize(("shards", "workers"), [(8, 2), (8, 4), (8, 8), (24, 2), (64, 4), (128, 2)])
+def test_workers_have_as_many_tokens_as_each_other(shards: int, workers: int) -> None:
+    """They take neighbouring shards; lengths are those of film ratings, a few long and many short."""
+    users = {24: 120}.get(shards, 128)
+    lengths = np.exp(np.random.default_rng(0).normal(np.log(68), 1.1, 10 * users)).clip(20, 2000).astype(int)
+    plan = plan_of(lengths.tolist(), PlanConfig(batch_users=users, shards=shards), max_length=200)
+    bounds = np.linspace(0, shards, workers + 1).astype(int)
+    runs = [range(begin, end) for begin, end in itertools.pairwise(bounds)]
+    tokens_SW = np.array([[tokens_of(plan, step, run) for run in runs] for step in range(10)])
+    assert np.mean(tokens_SW.max(axis=1) / tokens_SW.mean(axis=1)) < 1.02
+    assert tokens_SW.mean(axis=0) / tokens_SW.mean() == pytest.approx(1, abs=0.01)  # nobody has the long ones always
+
+
+def tokens_of(plan: Plan, step: int, shards: range) -> int:
+    return plan.windows(step, plan.users(step)[plan.place(step, shards)]).tokens
 
 
 @given(lengths=LENGTHS, config=PLANS, step=st.integers(0, 20), max_length=st.integers(1, 8))

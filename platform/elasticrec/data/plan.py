@@ -6,6 +6,7 @@ once an epoch. Nothing here is random beyond (seed, epoch, user): a resumed or r
 # U users, B users of a step, V logical shards, T positions
 """
 
+import functools
 import hashlib
 from dataclasses import dataclass, fields
 
@@ -90,6 +91,7 @@ class Plan:
         if len(self._trainable) == 0:
             raise InputError("no user has two training events, so there is nothing to predict; bring more data")
         self._order_of_epoch: tuple[int, Int64] | None = None
+        self._users_of_step: tuple[int, Int64] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -105,10 +107,11 @@ class Plan:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def users(self, step: int) -> Int64:
-        """User indices of global step `step`: (B,), the last step of an epoch may hold fewer."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        begin = within * self.config.batch_users
-        return self._order(epoch)[begin : begin + self.config.batch_users]
+        """User indices of global step `step`: (B,), the last step of an epoch may hold fewer; shard after shard."""
+        kept = self._users_of_step  # read once: a thread that works ahead may replace it
+        if kept is None or kept[0] != step:
+            kept = self._users_of_step = (step, self._dealt(step, self._drawn(step)))
+        return kept[1]
 
     def shard(self, step: int, shard: int) -> Int64:
         """The users of one logical shard of a step; the V shards together are `users(step)`."""
@@ -116,12 +119,12 @@ class Plan:
 
     def place(self, step: int, shards: range) -> slice:
         """Where the users of neighbouring shards are among `users(step)`."""
-        bounds = np.linspace(0, len(self.users(step)), self.config.shards + 1).astype(np.int64)
+        bounds = self._bounds(len(self._drawn(step)))
         return slice(int(bounds[shards.start]), int(bounds[shards.stop]))
 
     def tokens(self, step: int) -> int:
         """Targets in the whole global step, which is what the loss is divided by."""
-        return int(self._lengths(self.users(step)).sum())
+        return int(self._lengths(self._drawn(step)).sum())
 
     def windows(self, step: int, users_B: Int64) -> Windows:
         """Gathers the windows of some users of a step: (B, T) each."""
@@ -141,6 +144,31 @@ class Plan:
             event_BT=past.event_BT,
         )
 
+    def _bounds(self, n_users: int) -> Int64:
+        return np.linspace(0, n_users, self.config.shards + 1).astype(np.int64)
+
+    def _drawn(self, step: int) -> Int64:
+        """The users of a step as the epoch's order has them."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        begin = within * self.config.batch_users
+        return self._order(epoch)[begin : begin + self.config.batch_users]
+
+    def _dealt(self, step: int, users_B: Int64) -> Int64:
+        """The same users so that shards, and neighbouring ones together, have about as many tokens each.
+
+        They are dealt by length, to and fro, as cards are. Who is dealt to first has more: that is another shard in
+        each step, and those that follow are far from each other, as workers take neighbours.
+        """
+        shards = self.config.shards
+        bounds = self._bounds(len(users_B))
+        shard_B = np.repeat(np.arange(shards), np.diff(bounds))
+        turn_B = np.arange(len(users_B)) - bounds[shard_B]
+        rank_B = (_far_apart(shards)[shard_B] + step) % shards
+        to_and_fro_B = np.where(turn_B % 2 == 0, rank_B, shards - 1 - rank_B)
+        dealt_B = np.empty_like(users_B)
+        dealt_B[np.lexsort((to_and_fro_B, turn_B))] = users_B[np.argsort(-self._lengths(users_B), kind="stable")]
+        return dealt_B
+
     def _lengths(self, users_B: Int64) -> Int64:
         return np.asarray(np.minimum(self._end_U[users_B] - self._start_U[users_B] - 1, self.max_length))
 
@@ -158,6 +186,13 @@ class Plan:
             generator = np.random.Generator(np.random.Philox(key=[self.config.seed, epoch]))
             kept = self._order_of_epoch = (epoch, generator.permutation(self._trainable))
         return kept[1]
+
+
+@functools.cache
+def _far_apart(n: int) -> Int64:
+    """Ranks of n places, so that neighbouring ranks lie far apart: by their bits read backwards."""
+    bits = max(1, (n - 1).bit_length())
+    return np.argsort(np.argsort([int(f"{place:0{bits}b}"[::-1], 2) for place in range(n)]))
 
 
 def _uniform(seed: int, epoch: int, users_B: Int64) -> npt.NDArray[np.float64]:

@@ -1,6 +1,6 @@
 """One residual block: gated causal attention, then a gated feed-forward layer.
 
-# M tokens, B users, L positions of the grid, D width, N heads, H head width (D / N unless told), A = N * H,
+# M tokens, B users, L positions of the grid, D width, N heads, H head width (D / N unless told), A = N * H, Z = B * N,
 # F feed-forward width
 """
 
@@ -68,6 +68,22 @@ def check_heads(width: int, heads: int) -> None:
         raise ConfigError(f"width {width} does not divide over {heads} heads; change width or heads")
 
 
+def attend(q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, bias_BNLL: Tensor) -> Tensor:
+    """softmax(q k / sqrt(H) + bias) v; the bias (1 or B, N, L, L) leaves each position something to see.
+
+    Torch's own function, but for a bias that learns on a CPU: there it looks for positions that see nothing, and scales
+    queries and keys apart, which is a fifth of the time (128 users, 50 positions, one thread: 14.2 ms against 11.2).
+    Not within autocast, which would round the bias and the sums, too.
+    """
+    if q_BNLH.is_cuda or not bias_BNLL.requires_grad or q_BNLH.dtype != bias_BNLL.dtype:
+        return F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH, attn_mask=bias_BNLL)
+    batch, heads, length, width = q_BNLH.shape
+    q_ZLH, k_ZLH, v_ZLH = (part.reshape(batch * heads, length, width) for part in (q_BNLH, k_BNLH, v_BNLH))
+    bias_ZLL = bias_BNLL.expand(batch, heads, length, length).reshape(batch * heads, length, length)
+    share_ZLL = torch.baddbmm(bias_ZLL, q_ZLH, k_ZLH.transpose(1, 2), alpha=width**-0.5).softmax(dim=-1)
+    return torch.bmm(share_ZLL, v_ZLH).view(batch, heads, length, width)
+
+
 class GatedAttention(nn.Module):
     """W_o (LN(softmax(q k / sqrt(H) + bias) v) * silu(u))."""
 
@@ -119,7 +135,7 @@ class GatedAttention(nn.Module):
 
     def _attend(self, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, scene: Scene) -> Tensor:
         if not (self.way == "flex" and q_BNLH.is_cuda):
-            return F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH, attn_mask=self.bias.masked(scene))
+            return attend(q_BNLH, k_BNLH, v_BNLH, self.bias.masked(scene))
         from elasticrec.model.flex import flex_attention  # late: it imports torch's compiler
 
         return flex_attention(q_BNLH, k_BNLH, v_BNLH, self.bias, scene)
