@@ -52,7 +52,7 @@ def test_the_best_of_all_scores(recipe: Recipe, head: AnyHead, buckets: int) -> 
     expected_BI = without_seen(own_BI, history)
     torch.testing.assert_close(score_BK.clone(), expected_BI.topk(20).values)
     torch.testing.assert_close(score_BK.clone(), expected_BI.gather(1, item_BK.clone()))
-    near = 0.05 if recipe and recipe[0] == Int8Table() else 1e-4  # where the CPU rounds queries, too
+    near = 0.1 if recipe and recipe[0] == Int8Table() else 1e-4  # of scores to 20, where the CPU rounds queries, too
     torch.testing.assert_close(own_BI, network.scores(history).clone(), rtol=near, atol=near)
 
 

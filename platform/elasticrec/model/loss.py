@@ -283,7 +283,7 @@ def _product(one: Tensor, other: Tensor) -> Tensor:
         return one @ other
     if one.is_cuda:
         return torch.mm(one, other, out_dtype=torch.float32)
-    if multiplies_bfloat16():
+    if one.dtype == torch.bfloat16 and multiplies_bfloat16():  # sums of float16 may be beyond its range
         return (one @ other).float()  # summed in float32; the sum is rounded, as torch offers nothing else on a CPU
     return one.float() @ other.float()  # what a GPU's tensor cores compute
 
