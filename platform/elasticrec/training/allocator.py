@@ -22,4 +22,5 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     settings = {_MMAP_THRESHOLD: _LARGEST_MMAP_THRESHOLD, _TRIM_THRESHOLD: _NEVER, _TOP_PAD: _HEAP}
-    return all([mallopt(name, value) for name, value in settings.items()])  # noqa: C419 - each is told
+    taken = [mallopt(name, value) for name, value in settings.items()]
+    return all(taken)
