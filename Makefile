@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 		"$$python" -m venv --clear .venv; \
 	fi
 	@echo "setup: installing the packages of pyproject.toml at the versions of constraints.txt (some minutes at first)"
-	@$(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt -e '.[dev,edge]' \
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt -e '.[dev]' \
 		| { grep --line-buffered -v '^Requirement already satisfied' || true; }
 	@touch $@
 	@echo "setup: done"

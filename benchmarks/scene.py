@@ -25,6 +25,7 @@ from benchmarks.loadgen import Plan
 from elasticrec.artifact.bundle import write_bundle
 from elasticrec.artifact.registry import Registry
 from elasticrec.cli.local_cluster import LocalCluster, free_port
+from elasticrec.cli.publishing import publish_ready
 from elasticrec.cli.web import get
 from elasticrec.data.prepare import prepare_dataset
 from elasticrec.data.sequences import open_store
@@ -83,7 +84,7 @@ def make_scene(folder: Path, versions: int = 2, data: Path | None = None) -> Sce
         encoder = EncoderConfig(width=64, blocks=2, max_length=50)
         network = Network(NetworkConfig(encoder=encoder), store.n_items)
         bundle = write_bundle(folder / f"bundle-{seed + 1}", network, store.items(), name=NAME, version="0")
-        registry.publish(bundle, NAME)
+        publish_ready(registry, bundle, NAME)
     registry.set_label(NAME, "production", "1")
     users = [str(user) for user in store.users().column("user_id").to_pylist()][:USERS]
     key = create_key(folder / "keys.json", "load", ("read", "events"))

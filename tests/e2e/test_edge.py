@@ -17,9 +17,6 @@ from elasticrec.model.features import RatingInput
 from elasticrec.model.history import History
 from elasticrec.model.network import Network, NetworkConfig
 
-for name in ("onnx", "onnxruntime", "onnxscript"):
-    pytest.importorskip(name, reason="elasticrec[edge] is not installed")
-
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "edge" / "recommend.py"

@@ -5,6 +5,7 @@ weights.safetensors   the state of the network
 items.parquet         item_index, item_id, title, categories, count
 content.parquet       what gives new items a vector: weights of categories and words (only where it was fitted)
 golden.json           answers to fixed questions, by which a replica checks itself (only once published)
+encoder.onnx          the encoder as one graph, by which replicas on CPUs answer small batches (only once published)
 """
 
 import os
@@ -30,7 +31,18 @@ from torch import Tensor
 from elasticrec import __version__
 from elasticrec.artifact.golden import Golden, parse_golden
 from elasticrec.artifact.location import Location, locate, new_folder
-from elasticrec.artifact.manifest import CONTENT, GOLDEN, ITEMS, MANIFEST, WEIGHTS, FileEntry, Manifest, parse, render
+from elasticrec.artifact.manifest import (
+    CONTENT,
+    ENCODER,
+    GOLDEN,
+    ITEMS,
+    MANIFEST,
+    WEIGHTS,
+    FileEntry,
+    Manifest,
+    parse,
+    render,
+)
 from elasticrec.columns import CATEGORIES, COUNT, ITEM, ITEM_INDEX, TITLE
 from elasticrec.config import from_mapping, to_mapping
 from elasticrec.data.sequences import Float32
@@ -38,6 +50,7 @@ from elasticrec.errors import BundleError, ConfigError
 from elasticrec.model.content import ContentTower
 from elasticrec.model.network import Network, NetworkConfig
 
+_Content = bytes  # which is the name of a bundle's size, too
 ITEM_COLUMNS = (ITEM_INDEX, ITEM, TITLE, CATEGORIES, COUNT)
 
 
@@ -105,11 +118,23 @@ class Bundle:
         Raises:
             BundleError: the file is missing or damaged.
         """
-        if GOLDEN not in self.manifest.files:
+        raw = self._read(GOLDEN)
+        return None if raw is None else parse_golden(raw, str(self.location / GOLDEN))
+
+    def encoder(self) -> _Content | None:
+        """The graph of its encoder; none before it was published, and of networks that have none.
+
+        Raises:
+            BundleError: the file is missing or damaged.
+        """
+        return self._read(ENCODER)
+
+    def _read(self, file: str) -> _Content | None:
+        if file not in self.manifest.files:
             return None
-        place = self.location / GOLDEN
+        place = self.location / file
         try:
-            return parse_golden(place.read(), str(place))
+            return place.read()
         except OSError as error:
             raise BundleError(f"'{place}' is missing or damaged: {error}; get the bundle again") from None
 

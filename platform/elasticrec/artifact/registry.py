@@ -14,7 +14,7 @@ import contextlib
 import getpass
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,11 +62,14 @@ class Registry:
     def __init__(self, root: str | Path | Location) -> None:
         self.root = locate(root)
 
-    def publish(self, bundle: Bundle | str | Path, name: str) -> str:
+    def publish(self, bundle: Bundle | str | Path, name: str, more: Mapping[str, bytes] | None = None) -> str:
         """Copies a bundle into the registry as the next version of `name`; returns the version.
 
         The copy's manifest carries the registry's name and version, and where it came from in its lineage. Its golden
         answers are made here, unless the bundle has some, so that whoever loads it can check that it still gives them.
+
+        Args:
+            more: files beside those of the bundle, such as `ready_files` makes for serving.
 
         Raises:
             BundleError: the bundle is damaged, or holds no network that answers.
@@ -78,7 +81,7 @@ class Registry:
             version = str(max(map(int, self._claimed(name)), default=0) + 1)
             try:
                 with new_folder(self.root / name / "versions" / version) as folder:
-                    _copy(source, folder, name, version)
+                    _copy(source, folder, name, version, more or {})
             except FileExistsError:
                 continue  # another publisher took the number
             return version
@@ -256,7 +259,7 @@ def resolve_reference(text: str | Path) -> str:
     return location.uri
 
 
-def _copy(source: Bundle, folder: Location, name: str, version: str) -> None:
+def _copy(source: Bundle, folder: Location, name: str, version: str, more: Mapping[str, bytes]) -> None:
     for file, expected in source.manifest.files.items():
         place = source.location / file
         try:
@@ -270,9 +273,12 @@ def _copy(source: Bundle, folder: Location, name: str, version: str) -> None:
     origin = {"uri": source.uri, "name": source.name, "version": source.version}
     lineage = {**source.manifest.lineage, "published_from": origin}
     files = dict(source.manifest.files)
+    made = dict(more)
     if GOLDEN not in files:
-        (folder / GOLDEN).write(render_golden(golden_answers(source.network())))
-        files[GOLDEN] = describe(folder / GOLDEN)
+        made[GOLDEN] = render_golden(golden_answers(source.network()))
+    for file, content in made.items():
+        (folder / file).write(content)
+        files[file] = describe(folder / file)
     manifest = replace(source.manifest, name=name, version=version, lineage=lineage, files=files)
     (folder / MANIFEST).write(render(manifest))
 

@@ -25,6 +25,7 @@ from elasticrec.cli.compress import sweep_here
 from elasticrec.cli.connection import driver, settings
 from elasticrec.cli.local_cluster import LocalCluster, LocalClusterConfig, local_cluster
 from elasticrec.cli.progress import bar, working
+from elasticrec.cli.publishing import publish_ready
 from elasticrec.cli.report import write_report
 from elasticrec.cli.service import deploy
 from elasticrec.cli.tables import compression_table, quality_table, show
@@ -134,7 +135,7 @@ def _compress(session: Session) -> None:
         "why": result.choice.why,
     }
     registry = Registry(str(session.folder / "registry"))
-    version = registry.publish(open_bundle(chosen), MODEL)
+    version = publish_ready(registry, open_bundle(chosen), MODEL)
     registry.set_label(MODEL, LABEL, version, reason=result.choice.why)
 
 

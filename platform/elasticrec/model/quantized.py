@@ -94,7 +94,8 @@ class ItemTable(nn.Module):
 
     def _products(self, query_BD: Tensor) -> Tensor:
         """Query times row, both as stored up to a factor that the row's length has too: float32 (B, I)."""
-        return torch.cat([query_BD @ rows_ID.float().t() for rows_ID in self.chunks()], dim=1)
+        parts_BI = [query_BD @ rows_ID.float().t() for rows_ID in self.chunks()]
+        return parts_BI[0] if len(parts_BI) == 1 else torch.cat(parts_BI, dim=1)
 
     def _inverse_lengths(self) -> Tensor:
         """1 / length of each row as stored: float32 (I,). Kept until the rows change."""

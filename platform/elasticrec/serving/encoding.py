@@ -18,6 +18,7 @@ class Encoding:
     def __init__(self, setup: ModelSetup) -> None:
         self._network = setup.network
         self._recorded = setup.resident and setup.resident.queries
+        self._graph = setup.graph
 
     def encode(self, question: Question) -> Tensor:
         """float32 (B, D), where the network is."""
@@ -25,6 +26,8 @@ class Encoding:
         if question.past is not None:
             if self._recorded:
                 return self._recorded.of(question.past)
+            if self._graph is not None and self._graph.takes(question.past):
+                return self._graph.query(question.past)
             return self._network.head.query(self._network.newest(History.of(question.past).to(device)))
         assert question.like_B is not None
         item_B = torch.from_numpy(question.like_B).to(device)

@@ -15,6 +15,7 @@ from ray.serve import metrics
 from ray.serve.context import _get_global_client
 
 from elasticrec.artifact.bundle import Bundle
+from elasticrec.artifact.encoder_file import EncoderFile
 from elasticrec.artifact.registry import parse_reference
 from elasticrec.monitoring.drift import Reference
 from elasticrec.monitoring.instruments import export
@@ -94,10 +95,12 @@ def checked_scorer(bundle: Bundle, args: Args, others_answer: bool, thread: Exec
     most_rows = max(args.max_batch, args.bulk_users)
     with loading(device):
         resident = move(network, device, most_rows, max(1, int(args.num_gpus)), between)
+        content = bundle.encoder() if resident is None else None
+        graph = None if content is None else EncoderFile(content, network)
         # As the network answers by itself: a prior or a stage of somebody else may well change the answers.
-        alone = Scorer(network, ModelSetup(network=network, resident=resident))
+        alone = Scorer(network, ModelSetup(network=network, resident=resident, graph=graph))
         check(bundle, network, alone, limits, between)
-        return make_scorer(bundle, args.how, network, resident)
+        return make_scorer(bundle, args.how, alone.setup)
 
 
 def lock_of_host() -> Path:

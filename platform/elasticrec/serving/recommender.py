@@ -6,15 +6,15 @@ The stages in one process (`Recommender`) or with the network elsewhere (`SplitR
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 
 from elasticrec.artifact.bundle import Bundle
 from elasticrec.config import from_mapping
 from elasticrec.model.head import DotHeadConfig
-from elasticrec.model.network import AnyEncoder, Network, NetworkConfig
+from elasticrec.model.network import AnyEncoder, NetworkConfig
 from elasticrec.serving.assortment import Assortment
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.events import EventStore
-from elasticrec.serving.gpu import Resident
 from elasticrec.serving.history import Prepared, Request
 from elasticrec.serving.items import ItemStore
 from elasticrec.serving.newcomers import Newcomers
@@ -148,13 +148,11 @@ class Gateway:
         return self._fallback.popular(self.prepare(requests))
 
 
-def make_scorer(
-    bundle: Bundle, config: StagesConfig, network: Network | None = None, resident: Resident | None = None
-) -> Scorer:
-    """The stages beside the network; `network`: of the bundle, where it is loaded, and what it has on a GPU."""
-    network = network or bundle.network()
+def make_scorer(bundle: Bundle, config: StagesConfig, setup: ModelSetup | None = None) -> Scorer:
+    """The stages beside the network. `setup`: of the bundle, where its network is loaded; a prior is added to it."""
+    setup = setup or ModelSetup(network=bundle.network())
     prior = _prior(Catalogue(bundle.items()), config) if config.prior.matters else None
-    return Scorer(network, ModelSetup(network=network, prior=prior, resident=resident), config)
+    return Scorer(setup.network, replace(setup, prior=prior), config)
 
 
 def version_name(bundle: Bundle) -> str:

@@ -3,9 +3,10 @@
 # B queries, D width, I items + 1 (index 0 is padding), K candidates
 """
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -107,19 +108,25 @@ def _only_blocks(question: Question) -> bool:
 
 def allowed(question: Question, begin: int, end: int) -> Tensor | None:
     """Items that a filter of any row from `begin` to `end` allows: int64 (U,); none where a row has no filter."""
+    if question.filter_PI is None:
+        return None
     mine_F = (question.filtered_row_F >= begin) & (question.filtered_row_F < end)
-    if question.filter_PI is None or mine_F.sum() < end - begin:
+    if mine_F.sum() < end - begin:
         return None
     bits = np.bitwise_or.reduce(question.filter_PI[np.unique(question.filter_F[mine_F])], axis=0)
     return torch.from_numpy(np.flatnonzero(np.unpackbits(bits)))
 
 
 def adjust(score_bI: Tensor, begin: int, question: Question) -> None:
-    """Adds bonuses and takes out what the rows from `begin` on may not get, in place."""
+    """Adds bonuses and takes out what the rows from `begin` on may not get, in place.
+
+    On a CPU by numpy, which of a few numbers makes less ado than torch.
+    """
     end, device = begin + len(score_bI), score_bI.device
+    here: Any = score_bI.numpy() if device.type == "cpu" else score_bI
     if len(question.bonus_row_M):
         row, item, keep = _of_rows(question.bonus_row_M, question.bonus_item_M, begin, end, device)
-        score_bI.index_put_((row, item), torch.from_numpy(question.bonus_M[keep]).to(device), accumulate=True)
+        here[row, item] += _on(device, question.bonus_M[keep])  # a pair comes once
     for row_f, place in zip(question.filtered_row_F.tolist(), question.filter_F.tolist(), strict=True):
         if begin <= row_f < end:
             assert question.filter_PI is not None
@@ -127,10 +134,10 @@ def adjust(score_bI: Tensor, begin: int, question: Question) -> None:
             score_bI[row_f - begin].masked_fill_(torch.from_numpy(~allowed_I).to(device), _NEVER)
     if len(question.blocked_row_N):
         row, item, _ = _of_rows(question.blocked_row_N, question.blocked_item_N, begin, end, device)
-        score_bI[row, item] = _NEVER
-    score_bI[:, PAD] = _NEVER
+        here[row, item] = _NEVER
+    here[:, PAD] = _NEVER
     if len(question.hidden_H):
-        score_bI[:, torch.from_numpy(question.hidden_H).to(device)] = _NEVER
+        here[:, _on(device, question.hidden_H)] = _NEVER
 
 
 def best(score_BI: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -155,10 +162,13 @@ def best(score_BI: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return index_BC.gather(1, place_BK), score_BK
 
 
-def _of_rows(row_N: Int64, item_N: Int64, begin: int, end: int, device: torch.device) -> tuple[Tensor, Tensor, Bool]:
-    if begin == 0 and device.type == "cpu" and int(row_N.max()) < end:  # a batch in one part: all, and little to do
-        row, item = torch.from_numpy(row_N.copy()), torch.from_numpy(item_N.copy())  # what Ray sends cannot be written
-        return row, item, np.ones(len(row_N), dtype=np.bool_)
+def _of_rows(row_N: Int64, item_N: Int64, begin: int, end: int, device: torch.device) -> tuple[Any, Any, Bool]:
+    """Of pairs those of some rows, as `_on` has them, and which they are."""
     keep_N = (row_N >= begin) & (row_N < end)
-    row, item = torch.from_numpy(np.stack([row_N[keep_N] - begin, item_N[keep_N]])).to(device)  # they travel together
+    row, item = _on(device, np.stack([row_N[keep_N] - begin, item_N[keep_N]]))  # they travel together
     return row, item, keep_N
+
+
+def _on(device: torch.device, indices: npt.NDArray[Any]) -> Any:
+    """What indexes scores there: on a CPU the array itself."""
+    return indices if device.type == "cpu" else torch.from_numpy(indices).to(device)

@@ -20,7 +20,7 @@ class Scorer:
 
     def __init__(self, network: Network, setup: ModelSetup | None = None, config: StagesConfig | None = None) -> None:
         """Raises ConfigError when the config names a stage that is none."""
-        setup = setup or ModelSetup(network=network.eval())
+        self.setup = setup = setup or ModelSetup(network=network.eval())
         config = config or StagesConfig()
         self._items, self._device = network.encoder.items, network.device
         self._encoding = find_stage(config, "encode")(setup)

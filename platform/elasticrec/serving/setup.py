@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from elasticrec.artifact.bundle import Bundle
+from elasticrec.artifact.encoder_file import EncoderFile
 from elasticrec.errors import ConfigError, suggestion
 from elasticrec.model.network import AnyEncoder, Network
 from elasticrec.serving.assortment import Assortment
@@ -52,6 +53,7 @@ class ModelSetup:
     network: Network
     prior: Prior | None = None
     resident: Resident | None = None  # on a GPU: what answers quickly there
+    graph: EncoderFile | None = None  # on a CPU: what answers small batches quickly there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

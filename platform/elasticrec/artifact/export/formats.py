@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from torch._decomp import get_decompositions
 
 from elasticrec.artifact.export.graph import ScoreGraph
@@ -49,30 +50,47 @@ class Onnx:
     any_batch: ClassVar[bool] = True
 
     def write(self, graph: ScoreGraph, max_length: int, file: Path) -> None:
-        _needs("onnxscript")
-        optimizer = _needs("onnxscript.optimizer")
-        program = torch.onnx.export(
-            graph,
-            _example(graph, _shorter(max_length)),
-            dynamo=True,
-            opset_version=_OPSET,
-            input_names=list(graph.fields),
-            output_names=["score"],
-            dynamic_shapes=_dynamic(graph, max_length),
-            optimize=False,
-            verbose=False,
-            external_data=False,
-        )
-        assert program is not None, "dynamo gives one"
-        # By default it makes float copies of small int8 tensors.
-        optimizer.optimize_ir(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
-        for node in program.model.graph.all_nodes():
-            node.metadata_props.clear()  # stack traces, which take longest to read
-        program.save(str(file), external_data=False)
+        example = _example(graph, shorter(max_length))
+        write_onnx(graph, example, _dynamic(graph, max_length), list(graph.fields), "score", file)
 
     def open(self, file: Path, fields: tuple[str, ...]) -> Scores:
         session = _needs("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
         return lambda given: session.run(None, {name: given[name] for name in fields})[0]
+
+
+def write_onnx(
+    graph: nn.Module, example: tuple[torch.Tensor, ...], dynamic: Any, inputs: list[str], output: str, file: Path
+) -> None:
+    """Writes a module with one output as an ONNX file.
+
+    Args:
+        example: of each input; sizes of one in it are constants of the file.
+        dynamic: which dimensions of it are not, as torch.export has them.
+        inputs: their names, in order.
+
+    Raises:
+        ExportError: a package is not installed.
+    """
+    _needs("onnxscript")
+    optimizer = _needs("onnxscript.optimizer")
+    program = torch.onnx.export(
+        graph,
+        example,
+        dynamo=True,
+        opset_version=_OPSET,
+        input_names=inputs,
+        output_names=[output],
+        dynamic_shapes=dynamic,
+        optimize=False,
+        verbose=False,
+        external_data=False,
+    )
+    assert program is not None, "dynamo gives one"
+    # By default it makes float copies of small int8 tensors.
+    optimizer.optimize_ir(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, which take longest to read
+    program.save(str(file), external_data=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +103,7 @@ class TorchProgram:
 
     def write(self, graph: ScoreGraph, max_length: int, file: Path) -> None:
         program = torch.export.export(
-            graph, _example(graph, _shorter(max_length)), dynamic_shapes=_dynamic(graph, max_length), strict=False
+            graph, _example(graph, shorter(max_length)), dynamic_shapes=_dynamic(graph, max_length), strict=False
         )
         torch.export.save(program, file)
 
@@ -133,26 +151,35 @@ def _not_core(module: torch.fx.GraphModule) -> list[str]:
 FORMATS: Mapping[str, Format] = {made.kind: made for made in (Onnx(), TorchProgram(), ExecutorchReady())}
 
 
-def _shorter(max_length: int) -> int:
+def shorter(max_length: int) -> int:
     """A length that exporters take for neither a constant nor that of the network's own tensors."""
     return max_length - 1 if max_length > 2 else max_length
 
 
 def _example(graph: ScoreGraph, length: int) -> tuple[torch.Tensor, ...]:
-    """Two users, since exporters take a size of one for a constant."""
+    return example_of(graph.fields, length)
+
+
+def example_of(fields: tuple[str, ...], length: int) -> tuple[torch.Tensor, ...]:
+    """A history by its fields; of two users, since exporters take a size of one for a constant."""
     item_BT = torch.ones(2, length, dtype=torch.int64)
     item_BT[0, : length // 2] = 0
-    rest = (torch.zeros(2, length, dtype=_DTYPES.get(name, torch.int16)) for name in graph.fields[1:])
+    rest = (torch.zeros(2, length, dtype=_DTYPES.get(name, torch.int16)) for name in fields[1:])
     return (item_BT, *rest)
 
 
 def _dynamic(graph: ScoreGraph, max_length: int) -> dict[str, Any]:
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    dims: dict[int, Any] = {0: batch}
-    if max_length > 2:
-        dims[1] = torch.export.Dim("positions", min=1, max=max_length)
+    dims = dims_of(max_length)
     more = tuple(dims for _ in graph.fields[1:])
     return {"item_BT": dims} | ({"more_BT": more} if more else {})
+
+
+def dims_of(max_length: int) -> dict[int, Any]:
+    """Of arrays that begin with (B, T): users, and positions where there are several."""
+    dims: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=4096)}
+    if max_length > 2:
+        dims[1] = torch.export.Dim("positions", min=1, max=max_length)
+    return dims
 
 
 def _needs(package: str) -> Any:
@@ -161,7 +188,7 @@ def _needs(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise ExportError(f"this format needs {package.partition('.')[0]}; install elasticrec[edge]") from None
+        raise ExportError(f"this format needs {package.partition('.')[0]}; install it") from None
 
 
 def format_of(name: str) -> Format:

@@ -22,6 +22,7 @@ from elasticrec.model.head import CosineHead, DotHead
 from elasticrec.model.history import History
 from elasticrec.model.linear import Int8Linear
 from elasticrec.model.low_rank import LowRankTable
+from elasticrec.model.mean import MeanEncoder
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.model.quantized import BFloat16Table, FloatTable, Int8Table, IntegerTable, ItemTable
 
@@ -38,16 +39,8 @@ class ScoreGraph(nn.Module):
             ConfigError: a part of a kind that no other runtime gives the same scores for.
         """
         super().__init__()
-        _check(network.config)
         self.fields = fields_of(network.config.encoder.inputs)
-        self.encoder = copy.deepcopy(network.encoder)
-        self.encoder.items = plain(network.encoder.items)
-        for layer in self.encoder.modules():
-            if isinstance(layer, Int8Linear):
-                layer.unpacks = False  # int8 stays int8 in the file
-        if isinstance(self.encoder, Encoder):  # padding is computed and masked: shapes of B and T alone
-            self.encoder.config = replace(self.encoder.config, packed=False)
-            _lengthen(self.encoder)
+        self.encoder = exportable(network, plain(network.encoder.items))
         self.head = copy.deepcopy(network.head)
         self.register_buffer("factor_I", factor(self.head, self.encoder.items))
 
@@ -64,6 +57,23 @@ class ScoreGraph(nn.Module):
         score_BI = products(self.encoder.items, query_BD) * self.get_buffer("factor_I")
         pad_I = torch.arange(score_BI.shape[1], device=score_BI.device) == PAD
         return score_BI.masked_fill(pad_I, float("-inf"))
+
+
+def exportable(network: Network, items: nn.Module) -> Encoder | MeanEncoder:
+    """A copy of the encoder with another item table, whose shapes depend on B and T alone.
+
+    Raises:
+        ConfigError: a part of a kind that no other runtime gives the same scores for.
+    """
+    _check(network.config)
+    encoder = copy.deepcopy(network.encoder, {id(network.encoder.items): items})
+    for layer in encoder.modules():
+        if isinstance(layer, Int8Linear):
+            layer.unpacks = False  # int8 stays int8 in the file
+    if isinstance(encoder, Encoder):  # padding is computed and masked
+        encoder.config = replace(encoder.config, packed=False)
+        _lengthen(encoder)
+    return encoder
 
 
 def _check(config: NetworkConfig) -> None:
