@@ -3,11 +3,14 @@
 # B users, T positions
 """
 
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pyarrow as pa
 import pytest
 import torch
@@ -33,10 +36,17 @@ from elasticrec.model.mean import MeanEncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
 from elasticrec.model.sasrec import SASRecBlockConfig
 from elasticrec.serving.encoding import Encoding
+from elasticrec.serving.gpu import Resident
 from elasticrec.serving.question import Question
 from elasticrec.serving.scorer import Scorer
 from elasticrec.serving.selfcheck import BundleRefusedError, check
 from elasticrec.serving.setup import ModelSetup
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of Ray's own imports
+    from elasticrec.serving import opening
+    from elasticrec.serving.arguments import Args
+    from elasticrec.serving.opening import checked_scorer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -95,7 +105,7 @@ def published(network: Network, folder: Path, graph: bytes) -> Bundle:
     items = pa.table(columns | {"categories": [["x"]] * N_ITEMS, "count": [1] * N_ITEMS})
     bundle = write_bundle(folder / "bundle", network, items, name="films", version="1")
     registry = Registry(folder / "registry")
-    return registry.open("films", registry.publish(bundle, "films", {ENCODER: graph}))
+    return registry.open("films", registry.publish(bundle, "films", lambda _: {ENCODER: graph}))
 
 
 def scorer_of(bundle: Bundle) -> tuple[Network, Scorer]:
@@ -111,6 +121,8 @@ def test_queries_are_those_of_the_network_for_any_batch(kind: str) -> None:
     network = network_of(KINDS[kind])
     file, history = EncoderFile(encoder_onnx(network), network), made_up(network, 40, seed=1)
     past = history.past()
+    if past.rating_BT is not None:  # as serving knows them: not at all
+        past.rating_BT[::2] = np.nan
     for rows, length in ((slice(0, 1), 1), (slice(39, 40), LENGTH), (slice(30, 33), 5), (slice(0, 40), LENGTH)):
         asked = some(past, rows, length)
         ours_BD = network.head.query(network.newest(history._make(map(_tensor, (*asked, None)))))
@@ -149,10 +161,37 @@ def test_a_bundle_with_the_graph_of_another_network_is_refused(
         check(bad, *scorer_of(bad), None)
 
 
-def test_what_is_no_graph_is_told(tmp_path: Path) -> None:
+def test_a_replica_on_a_cpu_answers_by_the_file_and_one_on_a_gpu_without(
+    graph: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = published(network_of(NetworkConfig(encoder=SMALL_ENCODER)), tmp_path, graph)
+    with ThreadPoolExecutor(1) as thread:
+
+        def opened() -> EncoderFile | None:
+            return checked_scorer(bundle, Args(bundle=bundle.uri), False, thread).setup.graph
+
+        assert isinstance(opened(), EncoderFile)
+        monkeypatch.setattr(opening, "move", lambda *_: Resident())
+        assert opened() is None
+
+
+def test_a_file_that_does_not_open_leaves_all_to_torch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bundle = published(network_of(NetworkConfig(encoder=SMALL_ENCODER)), tmp_path, b"no graph")
     with pytest.raises(BundleError, match="does not open"):
         scorer_of(bundle)
+    with ThreadPoolExecutor(1) as thread, caplog.at_level("WARNING", "ray.serve"):
+        assert checked_scorer(bundle, Args(bundle=bundle.uri), False, thread).setup.graph is None
+    assert "does not open" in caplog.text
+
+
+def test_a_file_cannot_read_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: bytes) -> None:
+    """A graph whose weights lie in a file of the folder that a replica runs in."""
+    monkeypatch.chdir(tmp_path)
+    model = onnx.load_from_string(graph)
+    onnx.save(model, tmp_path / "with.onnx", save_as_external_data=True, location="secret", size_threshold=256)
+    network = network_of(NetworkConfig(encoder=SMALL_ENCODER))
+    with pytest.raises(BundleError, match="does not open"):
+        EncoderFile((tmp_path / "with.onnx").read_bytes(), network)
 
 
 def test_a_graph_that_computes_something_else_is_not_written(graph: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +214,7 @@ def test_networks_without_a_graph_say_why(config: NetworkConfig, told: str) -> N
         encoder_onnx(network_of(config))
 
 
-def test_publishing_adds_the_graph_once_and_says_why_there_is_none(
+def test_publishing_makes_the_graph_and_says_why_there_is_none(
     graph: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def publish(bundle: str) -> Bundle:
@@ -183,13 +222,19 @@ def test_publishing_adds_the_graph_once_and_says_why_there_is_none(
         assert run(["registry", "publish", bundle, "--name", "shop", "--root", root]) == 0
         return open_bundle(f"{root}/shop/versions/{len(Registry(root).versions('shop'))}")
 
-    published(network_of(NetworkConfig(encoder=SMALL_ENCODER)), tmp_path, graph)
-    first = publish(str(tmp_path / "bundle"))
-    assert first.encoder() is not None
-    again = publish(first.uri)
-    assert again.manifest.files[ENCODER] == first.manifest.files[ENCODER]
+    old = published(network_of(NetworkConfig(encoder=SMALL_ENCODER)), tmp_path, b"of another version")
+    made = publish(old.uri).encoder()
+    assert made is not None
+    assert len(made) == len(graph)
     mean = network_of(NetworkConfig(encoder=MeanEncoderConfig(width=WIDTH, max_length=LENGTH)))
     published(mean, tmp_path / "mean", b"")
     capsys.readouterr()
     assert publish(str(tmp_path / "mean" / "bundle")).encoder() is None
     assert "without encoder.onnx" in capsys.readouterr().out
+    damaged = tmp_path / "mean" / "bundle" / "weights.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    with pytest.raises(AssertionError):
+        publish(str(damaged.parent))
+    told = capsys.readouterr()
+    assert "is damaged" in told.err
+    assert "graph" not in told.err + told.out  # nothing was made of it

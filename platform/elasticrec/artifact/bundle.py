@@ -5,7 +5,8 @@ weights.safetensors   the state of the network
 items.parquet         item_index, item_id, title, categories, count
 content.parquet       what gives new items a vector: weights of categories and words (only where it was fitted)
 golden.json           answers to fixed questions, by which a replica checks itself (only once published)
-encoder.onnx          the encoder as one graph, by which replicas on CPUs answer small batches (only once published)
+encoder.onnx          the encoder as one graph, by which replicas on CPUs answer small batches (once published by the
+                      command, of networks that have one)
 """
 
 import os
@@ -122,7 +123,7 @@ class Bundle:
         return None if raw is None else parse_golden(raw, str(self.location / GOLDEN))
 
     def encoder(self) -> _Content | None:
-        """The graph of its encoder; none before it was published, and of networks that have none.
+        """The graph of its encoder; none before the command published it, and of networks that have none.
 
         Raises:
             BundleError: the file is missing or damaged.

@@ -33,10 +33,12 @@ class EncoderFile:
         options.inter_op_num_threads = 1
         options.enable_mem_pattern = False  # it would keep a plan for each of a thousand shapes
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Tensors are in the file itself; it must not name others of this host.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/nonexistent")
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise BundleError(f"its encoder's file does not open: {error}; publish the bundle again") from error
+            raise BundleError(f"its encoder's file does not open: {error}") from error
         self._width = network.config.encoder.width
         self._vectors = _lookup(network.encoder.items)
         names = {part.name for part in self._session.get_inputs()}

@@ -72,11 +72,12 @@ def past_of(histories: list[list[int]], inputs: Inputs) -> Past:
     )
 
 
-def differences(expected: list[Golden], item_BK: Int32, score_BK: Float32) -> str | None:
-    """What is not as it was, in words; none when the answers are those of the same network."""
+def differences(expected: list[Golden], item_BK: Int32, score_BK: Float32, first: int = 0) -> str | None:
+    """What is not as it was, in words; none when the answers are those of the same network. `first`: the place of the
+    first one among all."""
     if score_BK.shape[0] != len(expected) or score_BK.shape[1] < len(expected[0].scores):
         return f"{len(expected)} answers of {len(expected[0].scores)} items were expected, got {score_BK.shape}"
-    for place, (golden, item_K, score_K) in enumerate(zip(expected, item_BK, score_BK, strict=True)):
+    for place, (golden, item_K, score_K) in enumerate(zip(expected, item_BK, score_BK, strict=True), start=first):
         score_K, item_K = score_K[: len(golden.scores)], item_K[: len(golden.items)]
         if not np.isfinite(score_K).all():
             return f"answer {place} is not finite"

@@ -19,7 +19,7 @@ WEIGHTS: Final = "weights.safetensors"
 ITEMS: Final = "items.parquet"
 CONTENT: Final = "content.parquet"  # only where a content tower was fitted
 GOLDEN: Final = "golden.json"  # only once published
-ENCODER: Final = "encoder.onnx"  # only once published, of networks that have one
+ENCODER: Final = "encoder.onnx"  # only once published by the command, of networks that have one
 
 SCHEMA_VERSION: Final = 1
 READABLE_SINCE: Final = "0.1.0"  # the first elasticrec that reads SCHEMA_VERSION

@@ -11,10 +11,11 @@ writer at a time.
 """
 
 import contextlib
+import functools
 import getpass
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +30,8 @@ from elasticrec.errors import BundleError, RegistryError, suggestion
 
 LATEST: Final = "latest"  # always the highest version; not a label
 DEFAULT_LABEL: Final = "production"
+
+More = Callable[[Bundle], Mapping[str, bytes]]
 
 _RECORD = re.compile(r"(?:\d{6}|[1-9]\d{6,})\.json")  # as `_record` writes it
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -62,14 +65,14 @@ class Registry:
     def __init__(self, root: str | Path | Location) -> None:
         self.root = locate(root)
 
-    def publish(self, bundle: Bundle | str | Path, name: str, more: Mapping[str, bytes] | None = None) -> str:
+    def publish(self, bundle: Bundle | str | Path, name: str, more: More = lambda _: {}) -> str:
         """Copies a bundle into the registry as the next version of `name`; returns the version.
 
         The copy's manifest carries the registry's name and version, and where it came from in its lineage. Its golden
         answers are made here, unless the bundle has some, so that whoever loads it can check that it still gives them.
 
         Args:
-            more: files beside those of the bundle, such as `ready_files` makes for serving.
+            more: makes files beside those of the bundle, or in their place, after those were found whole.
 
         Raises:
             BundleError: the bundle is damaged, or holds no network that answers.
@@ -77,11 +80,12 @@ class Registry:
         """
         _check_name("name", name)
         source = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=False)
+        make = functools.cache(lambda: _made(source, more))  # once, whoever else takes a number meanwhile
         while True:
             version = str(max(map(int, self._claimed(name)), default=0) + 1)
             try:
                 with new_folder(self.root / name / "versions" / version) as folder:
-                    _copy(source, folder, name, version, more or {})
+                    _copy(source, folder, name, version, make)
             except FileExistsError:
                 continue  # another publisher took the number
             return version
@@ -259,7 +263,14 @@ def resolve_reference(text: str | Path) -> str:
     return location.uri
 
 
-def _copy(source: Bundle, folder: Location, name: str, version: str, more: Mapping[str, bytes]) -> None:
+def _made(source: Bundle, more: More) -> dict[str, bytes]:
+    made = dict(more(source))
+    if GOLDEN not in source.manifest.files:
+        made[GOLDEN] = render_golden(golden_answers(source.network()))
+    return made
+
+
+def _copy(source: Bundle, folder: Location, name: str, version: str, make: Callable[[], Mapping[str, bytes]]) -> None:
     for file, expected in source.manifest.files.items():
         place = source.location / file
         try:
@@ -273,10 +284,7 @@ def _copy(source: Bundle, folder: Location, name: str, version: str, more: Mappi
     origin = {"uri": source.uri, "name": source.name, "version": source.version}
     lineage = {**source.manifest.lineage, "published_from": origin}
     files = dict(source.manifest.files)
-    made = dict(more)
-    if GOLDEN not in files:
-        made[GOLDEN] = render_golden(golden_answers(source.network()))
-    for file, content in made.items():
+    for file, content in make().items():
         (folder / file).write(content)
         files[file] = describe(folder / file)
     manifest = replace(source.manifest, name=name, version=version, lineage=lineage, files=files)

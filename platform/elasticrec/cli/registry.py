@@ -11,9 +11,9 @@ from typing import Annotated
 
 import tyro
 
-from elasticrec.artifact.bundle import open_bundle
 from elasticrec.artifact.location import locate
 from elasticrec.artifact.registry import DEFAULT_LABEL, Move, Registry, parse_reference, resolve_reference
+from elasticrec.cli.publishing import publish_ready
 from elasticrec.cli.rollout import Change, label_of, running
 from elasticrec.cli.service import NAME
 from elasticrec.errors import ConfigError, InputError
@@ -33,10 +33,8 @@ def publish(bundle: Reference, name: str, root: str = DEFAULT_ROOT, label: str |
         root: folder or URI of the registry.
         label: point this label at the new version, too.
     """
-    from elasticrec.cli.publishing import publish_ready  # late: exporters take long to import
-
     registry = Registry(root)
-    version = publish_ready(registry, open_bundle(resolve_reference(_chosen_of(bundle)), verify=False), name)
+    version = publish_ready(registry, resolve_reference(_chosen_of(bundle)), name)
     if label:
         with registry.moving(name, f"publish --label {label}"):
             registry.set_label(name, label, version)

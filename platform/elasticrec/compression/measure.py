@@ -53,7 +53,10 @@ Latencies = dict[str, dict[int, Latency]]  # by the network's name, then by batc
 def measure(
     networks: Mapping[str, Network], history_P: History, config: MeasureConfig
 ) -> dict[str, dict[int, Latency]]:
-    """Latency of each network (by its name) at each batch size, from history to the k best unseen items."""
+    """Latency of each network (by its name) at each batch size, from history to the k best unseen items.
+
+    All by torch: a published bundle's `encoder.onnx`, which shortens a lone answer, is not made for candidates.
+    """
     with _quiet(config.threads):
         scorers = {name: Scorer(network) for name, network in networks.items()}
         result: Latencies = {name: {} for name in networks}

@@ -17,6 +17,8 @@ from ray.serve.context import _get_global_client
 from elasticrec.artifact.bundle import Bundle
 from elasticrec.artifact.encoder_file import EncoderFile
 from elasticrec.artifact.registry import parse_reference
+from elasticrec.errors import BundleError
+from elasticrec.model.network import Network
 from elasticrec.monitoring.drift import Reference
 from elasticrec.monitoring.instruments import export
 from elasticrec.serving.arguments import Args
@@ -95,12 +97,23 @@ def checked_scorer(bundle: Bundle, args: Args, others_answer: bool, thread: Exec
     most_rows = max(args.max_batch, args.bulk_users)
     with loading(device):
         resident = move(network, device, most_rows, max(1, int(args.num_gpus)), between)
-        content = bundle.encoder() if resident is None else None
-        graph = None if content is None else EncoderFile(content, network)
+        graph = None if resident is not None else _graph_of(bundle, network)
         # As the network answers by itself: a prior or a stage of somebody else may well change the answers.
         alone = Scorer(network, ModelSetup(network=network, resident=resident, graph=graph))
         check(bundle, network, alone, limits, between)
         return make_scorer(bundle, args.how, alone.setup)
+
+
+def _graph_of(bundle: Bundle, network: Network) -> EncoderFile | None:
+    """By which small batches are encoded; none where torch does all."""
+    content = bundle.encoder()
+    if content is None:
+        return None
+    try:
+        return EncoderFile(content, network)
+    except BundleError as error:  # of another version of the runtime: torch answers as well, and later
+        _LOGGER.warning("'%s': %s; publish it again for this version", bundle.uri, error)
+        return None
 
 
 def lock_of_host() -> Path:

@@ -76,7 +76,7 @@ def _check_answers(
     # All together, then each alone: small batches may be answered in another way.
     for asked in (slice(None), *(slice(place, place + 1) for place in range(len(histories)))):
         candidates = between(partial(scorer.score, _question(histories[asked], network)))
-        if found := differences(expected[asked], candidates.item_BK, candidates.score_BK):
+        if found := differences(expected[asked], candidates.item_BK, candidates.score_BK, asked.start or 0):
             raise BundleRefusedError(f"'{bundle.uri}' is refused: {found}; publish it again and look why it differs")
 
 

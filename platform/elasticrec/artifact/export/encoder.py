@@ -19,6 +19,8 @@ from elasticrec.artifact.encoder_file import QUERY, VECTOR, EncoderFile
 from elasticrec.artifact.export.formats import dims_of, example_of, shorter, write_onnx
 from elasticrec.artifact.export.graph import FIELDS, exportable, fields_of
 from elasticrec.artifact.export.parity import made_up
+from elasticrec.artifact.golden import golden_answers, past_of
+from elasticrec.artifact.manifest import ENCODER
 from elasticrec.errors import ConfigError, ExportError
 from elasticrec.model.encoder import Encoder
 from elasticrec.model.history import History
@@ -70,6 +72,18 @@ def encoder_onnx(network: Network) -> bytes:
         ConfigError: this network has none.
         ExportError: a package is not installed, the exporter cannot follow, or the file computes something else.
     """
+    try:
+        content = _written(network)
+        _compare(network, content)
+    except (ConfigError, ExportError):
+        raise
+    except Exception as error:
+        told = " ".join(str(error).strip().splitlines()[:1])
+        raise ExportError(f"the exporter cannot follow this network: {type(error).__name__}: {told}") from error
+    return content
+
+
+def _written(network: Network) -> bytes:
     graph, encoder = EncoderGraph(network).eval(), network.config.encoder
     length = shorter(encoder.max_length)
     item_BT, *more_BT = example_of(graph.fields, length)
@@ -79,23 +93,18 @@ def encoder_onnx(network: Network) -> bytes:
     if more_BT:
         dynamic["more_BT"] = tuple(dims for _ in more_BT)  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "encoder.onnx"
-        try:
-            write_onnx(graph, example, dynamic, ["item", VECTOR, *graph.fields[1:]], QUERY, file)
-        except ExportError:
-            raise
-        except Exception as error:
-            raise ExportError(f"the exporter cannot follow this network: {type(error).__name__}: {error}") from error
-        content = file.read_bytes()
-    _compare(network, content)
-    return content
+        file = Path(folder) / ENCODER
+        write_onnx(graph, example, dynamic, ["item", VECTOR, *graph.fields[1:]], QUERY, file)
+        return file.read_bytes()
 
 
 @torch.inference_mode()
 def _compare(network: Network, content: bytes) -> None:
-    history = made_up(network, _USERS)
-    ours_BD = network.head.query(network.newest(history)).numpy()
-    theirs_BD = EncoderFile(content, network).query(history.past()).numpy()
-    largest = float(np.abs(ours_BD - theirs_BD).max())
-    if not largest <= _TOLERANCE * max(1.0, float(np.linalg.norm(ours_BD, axis=1).max())):
-        raise ExportError(f"the file's queries are off by up to {largest:.2g}; the bundle is served without it")
+    """On users together, and on histories as the golden questions have them: alone, of every length, little known."""
+    file, together = EncoderFile(content, network), made_up(network, _USERS)
+    alone = [past_of([list(answer.history)], network.config.encoder.inputs) for answer in golden_answers(network)]
+    for history in (together, *map(History.of, alone)):
+        ours_BD = network.head.query(network.newest(history)).numpy()
+        largest = float(np.abs(ours_BD - file.query(history.past()).numpy()).max())
+        if not largest <= _TOLERANCE * max(1.0, float(np.linalg.norm(ours_BD, axis=1).max())):
+            raise ExportError(f"the file's queries are off by up to {largest:.2g}")

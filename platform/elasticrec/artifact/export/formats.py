@@ -3,8 +3,11 @@
 # B users, T positions, I items + 1
 """
 
+import contextlib
+import logging
 import operator
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -73,24 +76,39 @@ def write_onnx(
     """
     _needs("onnxscript")
     optimizer = _needs("onnxscript.optimizer")
-    program = torch.onnx.export(
-        graph,
-        example,
-        dynamo=True,
-        opset_version=_OPSET,
-        input_names=inputs,
-        output_names=[output],
-        dynamic_shapes=dynamic,
-        optimize=False,
-        verbose=False,
-        external_data=False,
-    )
+    with _quietly():
+        program = torch.onnx.export(
+            graph,
+            example,
+            dynamo=True,
+            opset_version=_OPSET,
+            input_names=inputs,
+            output_names=[output],
+            dynamic_shapes=dynamic,
+            optimize=False,
+            verbose=False,
+            external_data=False,
+        )
     assert program is not None, "dynamo gives one"
     # By default it makes float copies of small int8 tensors.
     optimizer.optimize_ir(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, which take longest to read
     program.save(str(file), external_data=False)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what the exporter says of itself: packages that it does not find, names that it does not use."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 @dataclass(frozen=True, slots=True)
