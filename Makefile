@@ -31,7 +31,7 @@ quickstart: setup ## the whole road on real data; KEEP=1 leaves the service up
 
 test: check ## everything .ci/run runs: check (with tests/arch), then the rest of the test suite
 	@deploy/system.sh test
-	$(BIN)/python -m pytest tests/cluster tests/contract tests/e2e tests/golden tests/unit
+	$(BIN)/python -m pytest --durations=40 --durations-min=4 tests/cluster tests/contract tests/e2e tests/golden tests/unit
 
 check: setup ## format, lint, types, import contracts, docs links, the docs as a site
 	$(BIN)/ruff format --check .
