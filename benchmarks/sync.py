@@ -66,11 +66,7 @@ SLOW_LINK = "rate 200mbit burst 256kb latency 2s"
 SEEDS = 5
 TARGET = 0.95  # of the best validation NDCG@10 that AllReduce reaches
 COMPARED = ("all_reduce", "local_sgd", "diloco", "gossip")  # by their NDCG, so with several seeds
-RATES = (
-    2e-3,
-    4e-3,
-    8e-3,
-)  # workers that step on their own gradients, of fewer users each, want another than those that sum
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)  # workers that step on their own gradients want another than those that sum
 PAUSE_S, WARM_STEPS, NEVER = 2.0, 4, 1_000_000
 KINDS: dict[str, AnySync] = {
     "all_reduce": AllReduce(),
