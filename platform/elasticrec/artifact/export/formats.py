@@ -53,7 +53,7 @@ class Onnx:
     any_batch: ClassVar[bool] = True
 
     def write(self, graph: ScoreGraph, max_length: int, file: Path) -> None:
-        example = _example(graph, shorter(max_length))
+        example = example_of(graph.fields, shorter(max_length))
         write_onnx(graph, example, _dynamic(graph, max_length), list(graph.fields), "score", file)
 
     def open(self, file: Path, fields: tuple[str, ...]) -> Scores:
@@ -121,7 +121,10 @@ class TorchProgram:
 
     def write(self, graph: ScoreGraph, max_length: int, file: Path) -> None:
         program = torch.export.export(
-            graph, _example(graph, shorter(max_length)), dynamic_shapes=_dynamic(graph, max_length), strict=False
+            graph,
+            example_of(graph.fields, shorter(max_length)),
+            dynamic_shapes=_dynamic(graph, max_length),
+            strict=False,
         )
         torch.export.save(program, file)
 
@@ -143,7 +146,7 @@ class ExecutorchReady(TorchProgram):
     any_batch: ClassVar[bool] = False
 
     def write(self, graph: ScoreGraph, max_length: int, file: Path) -> None:
-        example = tuple(part[:1] for part in _example(graph, max_length))
+        example = tuple(part[:1] for part in example_of(graph.fields, max_length))
         table = torch.export.default_decompositions()
         table.update(get_decompositions([torch.ops.aten.linalg_vector_norm]))
         program = torch.export.export(graph, example, strict=False).run_decompositions(table)
@@ -172,10 +175,6 @@ FORMATS: Mapping[str, Format] = {made.kind: made for made in (Onnx(), TorchProgr
 def shorter(max_length: int) -> int:
     """A length that exporters take for neither a constant nor that of the network's own tensors."""
     return max_length - 1 if max_length > 2 else max_length
-
-
-def _example(graph: ScoreGraph, length: int) -> tuple[torch.Tensor, ...]:
-    return example_of(graph.fields, length)
 
 
 def example_of(fields: tuple[str, ...], length: int) -> tuple[torch.Tensor, ...]:
