@@ -7,6 +7,7 @@ life has no such number. A job of kind "shard" saves a sharded state with `saved
 number of `loaded_by`, checking every element. Workers meet at a file, so that no port has to be found.
 """
 
+import faulthandler
 import functools
 import json
 import os
@@ -141,6 +142,7 @@ def fork(world: int, work: Callable[[int], None]) -> None:
 
 def _child(rank: int, world: int, meeting: str, work: Callable[[int], None]) -> int:
     torch.set_num_threads(1)
+    faulthandler.enable()  # should torch itself crash, it is told where
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=60)

@@ -16,19 +16,20 @@ import pyarrow as pa
 import pytest
 import torch
 
-from elasticrec.columns import COUNT, ITEM, ITEM_INDEX, USER, USER_INDEX
+from elasticrec.columns import CATEGORIES, COUNT, ITEM, ITEM_INDEX, TITLE, USER, USER_INDEX
 from elasticrec.data.plan import PlanConfig
 from elasticrec.data.sequences import Sequences, Store, write_store
 from elasticrec.errors import CheckpointError, TrainingError
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import NetworkConfig
-from elasticrec.training.checkpoint import STATE, TENSORS, read_tensors
-from elasticrec.training.driver import check_checkpoints
+from elasticrec.training.checkpoint import STATE, TENSORS, read_position, read_tensors
+from elasticrec.training.driver import Trained, check_checkpoints
 from elasticrec.training.elastic import Balance
 from elasticrec.training.host import LocalHost, Preempted
 from elasticrec.training.journal import EPOCHS, STARTS, STEPS, read
 from elasticrec.training.loop import Loop
 from elasticrec.training.optimizer import OptimizerConfig
+from elasticrec.training.outcome import write_outcome
 from elasticrec.training.run import CheckpointConfig, RunConfig, ValidationConfig
 from elasticrec.training.stopwatch import Laps
 from elasticrec.training.sync.all_reduce import AllReduce
@@ -51,6 +52,8 @@ def make_store(folder: Path) -> Store:
     users = pa.table({USER_INDEX: np.arange(N_USERS), USER: [f"u{user}" for user in range(N_USERS)]})
     count_I = np.bincount(sequences.item_E, minlength=N_ITEMS + 1)[1:]
     items = pa.table({ITEM_INDEX: index_I, ITEM: [f"i{item}" for item in index_I], COUNT: count_I})
+    items = items.append_column(TITLE, items.column(ITEM))
+    items = items.append_column(CATEGORIES, pa.array([["any"]] * N_ITEMS))
     return write_store(folder, sequences, users, items, command="test")
 
 
@@ -234,6 +237,22 @@ def test_a_checkpoint_of_another_data_set_is_refused(undisturbed: Loop, tmp_path
     for attempt in (train, check_checkpoints):  # a worker, and the driver before it starts any
         with pytest.raises(CheckpointError, match="was made with another plan or data set"):
             attempt(undisturbed.run, store)
+
+
+def test_a_bundle_is_made_of_the_data_set_that_was_trained_on(undisturbed: Loop, tmp_path: Path) -> None:
+    """Prepared again under the run, with as many items, of which each now has another number."""
+    store = undisturbed.store
+    newest = next(iter(LocalHost(undisturbed.run.folder).checkpoints()))
+    run = dataclasses.replace(undisturbed.run, data=tmp_path / "store", storage=tmp_path)
+    trained = Trained(run=run, checkpoint=newest, position=read_position(newest))
+    turned = dataclasses.replace(store.sequences, item_E=N_ITEMS + 1 - store.sequences.item_E)
+    write_store(run.data, turned, store.users(), store.items(), command="test")
+    with pytest.raises(TrainingError, match=r"data set '.*/store' is no longer the one that run 'run' was trained on"):
+        write_outcome(trained, "test")
+    assert not (run.folder / "bundle").exists()
+    same = dataclasses.replace(run, data=store.path)
+    bundle = write_outcome(dataclasses.replace(trained, run=same), "test")
+    assert bundle.manifest.lineage["dataset"] == store.fingerprint
 
 
 def test_a_checkpoint_of_another_plan_is_refused(undisturbed: Loop) -> None:

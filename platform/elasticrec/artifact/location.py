@@ -117,7 +117,7 @@ class Location:
             return False
         finally:
             Path(draft.path).unlink(missing_ok=True)
-        sync_folder(Path(self.path).parent)
+        sync_path(Path(self.path).parent)
         return True
 
 
@@ -149,19 +149,19 @@ def take_place(draft: Path, place: Path) -> None:
     Raises:
         FileExistsError: another writer has the place.
     """
-    sync_folder(draft)
+    sync_path(draft)
     try:
         draft.rename(place)
     except OSError as error:
         if place.exists():
             raise FileExistsError(str(place)) from error
         raise
-    sync_folder(place.parent)
+    sync_path(place.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in a local folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Waits until a local file's bytes, or the names in a local folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from elasticrec.artifact.location import sync_path
 from elasticrec.errors import CheckpointError
 from elasticrec.model.network import Network
 from elasticrec.training.pieces import Piece, Reader, Snapshot, write
@@ -73,6 +74,8 @@ def save(folder: Path, tensors: Mapping[str, Tensor], position: Position) -> Non
 def save_part(folder: Path, pieces: Mapping[str, Piece], position: Position, part: Part) -> None:
     """Writes tensors first and the description last, so that a kill in between leaves no valid checkpoint.
 
+    Once it returns, all of it is on the disk: the checkpoint before may go, and a machine may lose its power.
+
     Raises:
         CheckpointError: a tensor holds NaN or infinity; nothing is written.
     """
@@ -81,12 +84,15 @@ def save_part(folder: Path, pieces: Mapping[str, Piece], position: Position, par
             raise CheckpointError(f"'{name}' holds NaN or infinity at step {position.step}, so it is not kept")
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / part.tensors, pieces)
+    sync_path(folder / part.tensors)
     state = {"parts": part.parts, "mark": part.mark, "sha256": _sha256(folder / part.tensors)}
     if part.rank == 0:
         state |= asdict(position)
     partial = folder / f".{part.state}.partial"
     partial.write_text(json.dumps(state | {"state_sha256": _state_sha256(state)}), encoding="utf-8")
+    sync_path(partial)
     partial.rename(folder / part.state)
+    sync_path(folder)
 
 
 def read_position(folder: Path) -> Position:

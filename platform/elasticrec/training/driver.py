@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 from ray.train import FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 
+from elasticrec.artifact.location import sync_path
 from elasticrec.config import from_mapping, to_mapping
 from elasticrec.data.plan import Plan
 from elasticrec.data.sequences import Store, open_store
@@ -25,7 +26,7 @@ from elasticrec.training.checkpoint import Position, newest_valid, newest_whole,
 from elasticrec.training.host import LocalHost
 from elasticrec.training.loop import digest
 from elasticrec.training.run import LOCK_FILE, RunConfig
-from elasticrec.training.scaling import PromptTrainer
+from elasticrec.training.scaling import PromptTrainer, room_for
 from elasticrec.training.worker import train_worker
 
 TRAIN_SLOT = "train_slot"  # a node offers as many as workers may train on it (docs/training.md)
@@ -33,6 +34,12 @@ RUN_FILE = "run.json"
 
 # A run that goes on keeps these; "checkpoint" and "elastic" may change.
 KEPT = ("data", "epochs", "network", "loss", "split", "plan", "optimizer", "sync", "evaluation", "validation")
+
+_WAY_OUT = {
+    TRAIN_SLOT: f"start its nodes with --resources '{{\"{TRAIN_SLOT}\": N}}' (cluster.yaml does)",
+    "CPU": "start nodes with more of them, or lower elastic.min_workers",
+    "GPU": "start nodes that have some, or lower elastic.gpus_per_worker (0 trains on CPUs)",
+}
 
 # Ray's own values are 60, 2, 5 and 30 s. The last is spent on workers that hang because another one died.
 TRAIN_ENVIRONMENT = {
@@ -124,9 +131,13 @@ def _alone(run: RunConfig) -> Iterator[None]:
         yield
 
 
+def _resources_of_worker(run: RunConfig) -> dict[str, float]:
+    gpus = run.elastic.gpus_per_worker
+    return {TRAIN_SLOT: 1.0, "CPU": 1.0} | ({"GPU": gpus} if gpus else {})
+
+
 def _trainer(run: RunConfig) -> PromptTrainer:
     elastic = run.elastic
-    resources = {"CPU": 1.0, TRAIN_SLOT: 1.0} | ({"GPU": elastic.gpus_per_worker} if elastic.gpus_per_worker else {})
     workers = (elastic.min_workers, elastic.max_workers)
     return PromptTrainer(
         train_worker,
@@ -134,7 +145,7 @@ def _trainer(run: RunConfig) -> PromptTrainer:
         scaling_config=ScalingConfig(
             num_workers=workers[0] if workers[0] == workers[1] else workers,
             use_gpu=elastic.gpus_per_worker > 0,
-            resources_per_worker=resources,
+            resources_per_worker=_resources_of_worker(run),
             elastic_resize_monitor_interval_s=elastic.resize_check_s,
         ),
         run_config=RayRunConfig(
@@ -168,12 +179,20 @@ def check_checkpoints(run: RunConfig, store: Store) -> None:
 
 
 def _check_cluster(run: RunConfig) -> None:
-    offered = ray.cluster_resources()
-    wanted = run.elastic.min_workers
-    if offered.get(TRAIN_SLOT, 0) < wanted:
+    """Ray would wait without end, and without a word, for what no node has."""
+    wanted, resources = run.elastic.min_workers, _resources_of_worker(run)
+    offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name, amount in resources.items():
+        room = room_for({name: amount}, offers)
+        if room < wanted:
+            raise ConfigError(
+                f"the cluster has {sum(offer.get(name, 0) for offer in offers):g} '{name}', enough for {room} workers, "
+                f"and elastic.min_workers asks for {wanted}; {_WAY_OUT[name]}"
+            )
+    if room_for(resources, offers) < wanted:
         raise ConfigError(
-            f"the cluster offers {offered.get(TRAIN_SLOT, 0):g} '{TRAIN_SLOT}', elastic.min_workers needs {wanted}; "
-            f"start its nodes with --resources '{{\"{TRAIN_SLOT}\": N}}' (cluster.yaml does)"
+            f"no {wanted} workers (elastic.min_workers) fit on the cluster's nodes, each with {resources} on one node; "
+            "start nodes that have all of it, or lower elastic.min_workers"
         )
 
 
@@ -189,7 +208,9 @@ def _remember(run: RunConfig) -> None:
                 _check_same(run, f"elastic.{key}", getattr(before.elastic, key), getattr(run.elastic, key))
     partial = file.with_name(f".{RUN_FILE}.partial-{os.getpid()}")
     partial.write_text(json.dumps(to_mapping(run), indent=2) + "\n", encoding="utf-8")
+    sync_path(partial)
     partial.rename(file)
+    sync_path(run.folder)
 
 
 def _check_same(run: RunConfig, key: str, before: Any, now: Any) -> None:

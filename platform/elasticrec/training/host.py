@@ -1,5 +1,6 @@
 """Where the loop runs: a bare process, or a worker of Ray Train (`training.worker`)."""
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from elasticrec.training.telemetry import Nobody, Observer
+
+log = logging.getLogger(__name__)
 
 
 class Preempted(Exception):  # noqa: N818 - what happened, and no error
@@ -26,6 +29,10 @@ class Host(Protocol):
 
     def checkpoints(self) -> Iterable[Path]:
         """Folders of committed checkpoints, newest first."""
+        ...
+
+    def goes_on_from(self, folder: Path) -> None:
+        """Which of them the loop could read; those that claim to be newer are damaged."""
         ...
 
     def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
@@ -48,9 +55,13 @@ class LocalHost:
         self.observer: Observer = Nobody()
         self._folder = folder / "checkpoints"
         self._keep = keep
+        self._damaged: set[Path] = set()
 
     def checkpoints(self) -> Iterable[Path]:
         return sorted(self._folder.glob("[0-9]*"), reverse=True)
+
+    def goes_on_from(self, folder: Path) -> None:
+        self._damaged = {path for path in self.checkpoints() if path > folder}
 
     def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
         folder = self._folder / f"{metrics['step']:012d}"
@@ -58,10 +69,17 @@ class LocalHost:
         write(folder)
         self.observer.saved(time.monotonic() - started_s)
         if self.rank == 0:
-            # What claims to be newer was passed over as torn, or this run would stand there.
-            older = [path for path in self.checkpoints() if path < folder]
-            for path in {*self.checkpoints()} - {folder, *older[: self._keep - 1]}:
+            self._prune(folder)
+
+    def _prune(self, folder: Path) -> None:
+        """Keeps `folder`, which other workers may still be writing their part of, and whole ones before it."""
+        self._damaged.discard(folder)
+        older = [path for path in self.checkpoints() if path < folder and path not in self._damaged]
+        for path in {*self.checkpoints()} - {folder, *older[: self._keep - 1]}:
+            try:
                 shutil.rmtree(path)
+            except OSError as error:  # as of a file that another node has open on NFS; tried again at the next one
+                log.warning("checkpoint '%s' is old and cannot be removed: %s", path, error)
 
     def leaving(self) -> bool:
         return False

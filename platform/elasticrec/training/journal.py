@@ -5,6 +5,7 @@ before the steps are done again.
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ class Journal:
 def _note_start(folder: Path, resume_step: int, earlier: Sequence[Mapping[str, Any]]) -> None:
     """When and where workers went on, and how many steps they do again that were told of before."""
     again = sum(line["step"] >= resume_step for line in earlier)
-    with (folder / STARTS).open("a", encoding="utf-8") as starts:
+    with _open_rewound(folder / STARTS, math.inf, read(folder / STARTS)) as starts:
         starts.write(json.dumps({"step": resume_step, "again": again, "time": time.time()}) + "\n")
 
 
@@ -84,7 +85,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _open_rewound(path: Path, resume_step: int, lines: Sequence[Mapping[str, Any]]) -> IO[str]:
+def _open_rewound(path: Path, resume_step: float, lines: Sequence[Mapping[str, Any]]) -> IO[str]:
     kept = [line for line in lines if line["step"] < resume_step]
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

@@ -366,7 +366,7 @@ class Loop:
         # Ray takes one report a second and blocks workers meanwhile, so epochs are told along with checkpoints.
         metrics = {**(self.history[-1] if self.history else {}), "step": self.step, "finished": finished}
         best = {} if not self.best.epoch else {f"best_{self.run.validation.metric}": self.best.value}
-        self._saver.flush()
+        self._flush()
         self._snapshot.take(self.state(link), self.host.rank)
         part = self._part()
         pieces = self._snapshot.pieces
@@ -384,7 +384,7 @@ class Loop:
         return checkpoint.Part(rank=self.host.rank, parts=self.host.world, mark=mark)
 
     def _flush(self) -> None:
-        """Waits for the last checkpoint; what went wrong on one worker is told by all."""
+        """Waits for the last checkpoint; what went wrong on one worker is told by all. A collective."""
         try:
             self._saver.flush()
             problem = None
@@ -412,6 +412,7 @@ class Loop:
         folder = checkpoint.newest_valid(self.host.checkpoints(), self._digest())
         if folder is None:
             return
+        self.host.goes_on_from(folder)
         position, tensors = checkpoint.read_position(folder), checkpoint.read_tensors(folder, self._sharded())
         self.network.load_state_dict(checkpoint.section(tensors, "network"))
         self.averaged.load_state(checkpoint.section(tensors, "averaged"))
@@ -441,6 +442,11 @@ def steps_ahead(meet_every: int, device: torch.device) -> int:
 def digest(plan: Plan, store: Store) -> str:
     """What a checkpoint must carry for a run to go on from it."""
     return f"{plan.digest()}-{store.fingerprint}"
+
+
+def dataset_of(digest: str) -> str:
+    """The fingerprint of the store in it."""
+    return digest.partition("-")[2]
 
 
 class _NoJournal:

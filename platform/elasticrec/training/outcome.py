@@ -11,12 +11,14 @@ from elasticrec.columns import COUNT
 from elasticrec.config import to_mapping
 from elasticrec.data.sequences import Int64, Store, open_store
 from elasticrec.data.split import split
+from elasticrec.errors import TrainingError
 from elasticrec.evaluation.quality import measure
 from elasticrec.evaluation.ranking import EvaluationConfig, rank
 from elasticrec.model.network import Network
 from elasticrec.monitoring.drift import BEST, Reference, reference
 from elasticrec.training.checkpoint import read_tensors, section
 from elasticrec.training.driver import Trained
+from elasticrec.training.loop import dataset_of
 from elasticrec.training.run import RunConfig
 
 _CASES: Final = 2_000  # test cases whose answers are kept as a distribution
@@ -30,11 +32,16 @@ def best_network(trained: Trained, n_items: int) -> Network:
 
 
 def write_outcome(trained: Trained, command: str, advance: Callable[[int], None] = lambda _: None) -> Bundle:
-    """Measures and writes `RUN/bundle`; a run that has one already keeps it."""
+    """Measures and writes `RUN/bundle`; a run that has one already keeps it.
+
+    Raises:
+        TrainingError: the data set is no longer the one that the run was trained on.
+    """
     run, folder = trained.run, trained.run.folder / "bundle"
     if (folder / MANIFEST).exists():
         return open_bundle(folder)
     store = open_store(run.data)
+    _check_store(trained, store)
     network = best_network(trained, store.n_items)
     length = run.network.encoder.max_length
     quality = measure(network, store, run.split, run.evaluation, max_length=length, advance=advance)
@@ -56,6 +63,16 @@ def write_outcome(trained: Trained, command: str, advance: Callable[[int], None]
             "answers": _answers(network, store, run).plain(),  # what serving is compared with
         },
     )
+
+
+def _check_store(trained: Trained, store: Store) -> None:
+    """Item indices of another data set mean other items, even where there are as many."""
+    if dataset_of(trained.position.digest) != store.fingerprint:
+        raise TrainingError(
+            f"data set '{trained.run.data}' is no longer the one that run '{trained.run.name}' was trained on; put "
+            f"that one back and give the same command, or train on the new one under another name "
+            f"('{trained.run.folder}' is kept)"
+        )
 
 
 def _answers(network: Network, store: Store, run: RunConfig) -> Reference:

@@ -126,7 +126,7 @@ class Reader:
             # A scalar cannot be sliced.
             part: Tensor = found[overlap.in_piece] if overlap.in_piece else file.get_tensor(name)
             if part.shape == shape:
-                return part
+                return part.clone()  # what was read is mapped, and would hold a file that is to be removed
             parts.append((part, overlap))
         box = parts[0][0].new_empty(shape)
         for part, overlap in parts:

@@ -6,7 +6,7 @@ before. It counts nodes that are being drained, on which it then places nothing:
 
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
@@ -142,11 +142,15 @@ class PromptTrainer(TorchTrainer):  # type: ignore[misc]
         if env is None:
             return counts
         for node in ray.nodes():
-            wanted = self.scaling_config.resources_per_worker.items()
-            room = min(int(node["Resources"].get(name, 0) // amount) for name, amount in wanted)
+            room = room_for(self.scaling_config.resources_per_worker, [node["Resources"]])
             count = min(room, self.scaling_config.max_workers)
             if node["Alive"] and count:
                 with contextlib.suppress(grpc.RpcError):
-                    spares.start(node, env, count)
+                    spares.fill(node, env, count)
                     counts[node["NodeID"]] = count
         return counts
+
+
+def room_for(wanted: Mapping[str, float], offers: Iterable[Mapping[str, float]]) -> int:
+    """How many workers of such resources the nodes have room for, by what each offers."""
+    return sum(int(min(offer.get(name, 0) // amount for name, amount in wanted.items())) for offer in offers)

@@ -21,6 +21,7 @@ from ray.train.v2._internal.constants import (
 
 KEEP_S = 24 * 3600  # an idle process is otherwise ended after a second, where all CPUs are taken
 RPC_TIMEOUT_S = 5.0
+_left: dict[tuple[str, str, str], int] = {}  # processes by job, environment and node
 
 
 def load() -> None:
@@ -57,6 +58,14 @@ def expected_env() -> str | None:
     ray_train = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE}
     variables = own.get("env_vars", {}) | ray_train | get_env_vars_to_propagate() | ENVIRONMENT
     return json.dumps({"env_vars": variables}, sort_keys=True, separators=(",", ":"))
+
+
+def fill(node: dict[str, Any], env: str, count: int) -> None:
+    """As `start`, less those that wait there already: a run leaves as many as its workers to the next of its driver."""
+    key = (ray.get_runtime_context().get_job_id(), env, node["NodeID"])
+    if count > _left.get(key, 0):
+        start(node, env, count - _left.get(key, 0))
+        _left[key] = count
 
 
 def start(node: dict[str, Any], env: str, count: int) -> None:

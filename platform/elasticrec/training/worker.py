@@ -37,9 +37,14 @@ class RayHost(LocalHost):
             self.observer = _telemetry(run)
 
     def report(self, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """Ray is told the numbers alone; it would copy a checkpoint once more, and stop the workers meanwhile."""
-        super().report(metrics, write)
-        ray.train.report(metrics)
+        """Ray is told the numbers alone; it would copy a checkpoint once more, and stop the workers meanwhile.
+
+        It waits for all workers, so one that cannot write tells it too, and fails after that.
+        """
+        try:
+            super().report(metrics, write)
+        finally:
+            ray.train.report(metrics)
 
     def leaving(self) -> bool:
         """What Ray told this worker. `ray.train.get_preemption_info` adds a barrier; our meeting is one already."""
