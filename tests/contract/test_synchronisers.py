@@ -116,7 +116,7 @@ def rows_sent(loop: Loop, replicas: int, steps: int, world: int, rank: int) -> i
     total = 0
     for step in range(steps):
         target_BT = loop.plan.windows(step, loop.plan.users(step)).target_BT
-        negatives = NegativeSampler(loop.run.loss, Catalogue.of(loop.store), 0).negatives(
+        negatives = NegativeSampler(loop.run.loss, Catalogue.of(loop.store, loop.plan), 0).negatives(
             step, target_BT[target_BT > 0]
         )[0]
         read = [{0, *negatives.tolist()} for _ in range(world)]
@@ -448,6 +448,7 @@ def test_a_worker_holds_its_share(folder_of: Callable[[int], Path], name: str, w
         ({"kind": "local_sgd", "outer": {"kind": "nesterov", "momentum": 1.0}}, 2, "momentum at least 0 and below 1"),
         ({"kind": "async_average", "every": 0}, 2, "sync.every 0 must be at least 1"),
         ({"kind": "gossip", "overlap": -1}, 2, "sync.overlap -1 must be at least 0"),
+        ({"kind": "gossip", "overlap": 5}, 2, "sync.overlap 5 must be at most 4"),
         ({"kind": "all_reduce", "hook": {"kind": "power_sgd", "rank": 0}}, 2, "rank >= 1"),
         ({"kind": "all_reduce", "hook": {"kind": "top_k"}}, 2, "sync.hook"),
         ({"kind": "gosip"}, 2, "gossip"),

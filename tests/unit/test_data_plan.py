@@ -134,6 +134,17 @@ def test_random_windows_reach_every_place_of_a_long_history() -> None:
     assert ends == set(range(6, 31))
 
 
+@pytest.mark.parametrize("random_windows", [True, False])
+def test_targets_are_as_frequent_in_the_mean_as_over_many_epochs(random_windows: bool) -> None:
+    """Of histories shorter and longer than a window, and of one that nothing is trained on."""
+    lengths, epochs = [4, 32, 3, 9, 1], 3_000
+    plan = plan_of(lengths, PlanConfig(batch_users=4, shards=2, random_windows=random_windows), max_length=5)
+    counted_I = np.zeros(sum(lengths) + 1)
+    for step in range(epochs * plan.steps_per_epoch):
+        np.add.at(counted_I, plan.windows(step, plan.users(step)).target_BT.ravel(), 1)
+    np.testing.assert_allclose(plan.mean_targets(sum(lengths)), counted_I[1:] / epochs, atol=0.03)
+
+
 def test_digest_tells_plans_and_data_apart() -> None:
     config = PlanConfig(batch_users=8, shards=2)
     digests = [

@@ -24,6 +24,7 @@ from elasticrec.model.sampled import (
     InBatch,
     LogUniform,
     Masked,
+    Own,
     Popularity,
     SampledSoftmax,
     Source,
@@ -36,7 +37,7 @@ from elasticrec.training.run import RunConfig
 
 N_ITEMS, WIDTH, TOKENS = 240, 5, 40
 COUNTS_I = np.array([20_000 // (place + 1) for place in range(N_ITEMS)])
-CATALOGUE = Catalogue(n_items=N_ITEMS, counts=lambda: COUNTS_I)
+CATALOGUE = Catalogue(n_items=N_ITEMS, counts=lambda: COUNTS_I, targets=lambda: COUNTS_I + 0.0)
 SOURCES: dict[str, Source] = {
     "uniform": Uniform(negatives=120),
     "log_uniform": LogUniform(negatives=120),
@@ -68,7 +69,7 @@ def batch(negatives: Negatives | None) -> Batch:
 
 def every_item(source: Source) -> Negatives:
     sampler = NegativeSampler(SampledSoftmax(source=source), CATALOGUE, seed=0)
-    item_K, log_weight_K = sampler.negatives(3, np.array([1]))
+    item_K, log_weight_K, _ = sampler.negatives(3, np.array([1]))
     return Negatives(torch.from_numpy(item_K), torch.from_numpy(log_weight_K).float())
 
 
@@ -226,7 +227,7 @@ def targets(step: int) -> np.ndarray:
 
 def sampled(source: Source, log_q: bool = True) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
     sampler = NegativeSampler(SampledSoftmax(source=source, log_q=log_q), CATALOGUE, seed=5)
-    return lambda step: sampler.negatives(step, targets(step + 1))
+    return lambda step: sampler.negatives(step, targets(step + 1))[:2]
 
 
 def full(step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -238,6 +239,63 @@ def test_the_gradient_is_that_of_full_softmax_in_the_mean(name: str) -> None:
     expected_ID = mean_gradient(1, full)
     deviation = (mean_gradient(150, sampled(SOURCES[name])) - expected_ID).norm() / expected_ID.norm()
     assert deviation < 0.06
+
+
+def loss_of_one_user(source: Source | None, draws: int = 50) -> float:
+    """Whose items are alike, rare, and all in each step; others are drawn by popularity. Without a source in full."""
+    target_BT, count_I = torch.tensor([[0, 170, 181, 170, 200, 230]]), COUNTS_I.copy()
+    target_M = target_BT[0, 1:]
+    count_I[target_M.numpy() - 1] = 1
+    item_ID = torch.randn(N_ITEMS + 1, WIDTH, generator=torch.Generator().manual_seed(4))
+    item_ID[target_M] = item_ID[170].clone()
+    query_MD, given = item_ID[170].expand(len(target_M), -1), Batch(History(target_BT), target_BT)
+    catalogue = Catalogue(n_items=N_ITEMS, counts=lambda: count_I, targets=lambda: count_I + 0.0)
+    generator, total = np.random.default_rng(3), 0.0
+    for step in range(draws if source else 1):
+        others_M = generator.choice(N_ITEMS, 4_000, p=count_I / count_I.sum()) + 1
+        drawn: Any = (*full(0), None)
+        if source is not None:
+            sampler = NegativeSampler(SampledSoftmax(source=source), catalogue, 5)
+            drawn = sampler.negatives(step, np.concatenate([target_M.numpy(), others_M]))
+        item_K, log_weight_K, log_expected_K = (None if part is None else torch.from_numpy(part) for part in drawn)
+        place_I = torch.full((N_ITEMS + 1,), -1)
+        place_I[item_K] = torch.arange(len(item_K))
+        own = None if log_expected_K is None else Own.of(given, place_I, log_expected_K.float())
+        masked = Masked(place_I, target_M)
+        total += summed_sampled_cross_entropy(
+            query_MD, item_ID[target_M], item_ID[item_K], log_weight_K.float(), masked, own
+        ).item()
+    return total / (draws if source else 1)
+
+
+def test_a_batch_corrects_each_token_by_its_own_window() -> None:
+    model, given = network(), repeating_batch()
+    item_K, weight_K, expected_K = (
+        torch.tensor([3, 4, 7, 9, 50]),
+        torch.ones(5) * 0.3,
+        torch.tensor([0.5, 2, 0.1, 1, 3]),
+    )
+    negatives = Negatives(item_K, weight_K, expected_K.log())
+    own = summed_loss(SampledSoftmax(), model, model(given.history), given._replace(negatives=negatives))
+    total, logits_BTI = torch.zeros(()), model.head.query(model(given.history)) @ model.keys().t()
+    for row, column in (given.target_BT > 0).nonzero().tolist():
+        target = int(given.target_BT[row, column])
+        times_K = torch.tensor([(given.target_BT[row] == item).sum().item() for item in item_K])
+        weighted_K = logits_BTI[row, column, item_K] + weight_K + (expected_K / (expected_K + times_K)).log()
+        weighted_K[item_K == target] = float("-inf")
+        logit = logits_BTI[row, column, target]
+        total = total + torch.cat([weighted_K, logit[None]]).logsumexp(0) - logit
+    torch.testing.assert_close(own, total)
+
+
+@pytest.mark.parametrize("source", [InBatch(), InBatch(uniform=50)])
+@pytest.mark.parametrize("tokens", [2, 1000])
+def test_the_targets_of_an_own_window_do_not_count_for_many(
+    monkeypatch: pytest.MonkeyPatch, source: Source, tokens: int
+) -> None:
+    monkeypatch.setattr(loss, "MIN_CHUNK", 1)
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", tokens * 4 * N_ITEMS)
+    assert loss_of_one_user(source) == pytest.approx(loss_of_one_user(None), rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["log_uniform", "popularity", "in_batch"])
@@ -313,3 +371,25 @@ def test_what_cannot_be_sampled_is_refused(make: Callable[[], object], message: 
     with pytest.raises(ConfigError) as caught:
         make()
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("power", [float("inf"), float("nan")])
+def test_a_power_that_weighs_nothing_is_refused(power: float) -> None:
+    with pytest.raises(ConfigError, match=f"power {power} must be at least 0 and finite"):
+        Popularity(power=power)
+
+
+@pytest.mark.parametrize("power", [110.0, 1e4, 1e308])
+def test_the_steepest_power_draws_the_most_popular_items(power: float) -> None:
+    sampler = NegativeSampler(SampledSoftmax(source=Popularity(negatives=12, power=power)), CATALOGUE, seed=0)
+    item_K, log_weight_K, _ = sampler.negatives(0, targets(1))
+    assert item_K[:10].tolist() == list(range(1, 11))
+    assert np.isfinite(log_weight_K).all()
+
+
+@pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
+def test_items_are_drawn_by_the_power_of_their_events(power: float) -> None:
+    sampler = NegativeSampler(SampledSoftmax(source=Popularity(negatives=12, power=power)), CATALOGUE, seed=0)
+    item_K, log_weight_K, _ = sampler.negatives(0, targets(1))
+    expected_I = expected_counts((COUNTS_I + 1.0) ** power, 12)
+    np.testing.assert_allclose(np.exp(-log_weight_K), expected_I[item_K - 1], rtol=1e-12)

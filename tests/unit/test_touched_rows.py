@@ -3,6 +3,7 @@
 # I items + 1, D width, U rows of a step
 """
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from elasticrec.model.quantized import FloatTable
 from elasticrec.training.optimizer import OptimizerConfig, average_decay, learning_rate
-from elasticrec.training.rows import TouchedRows
+from elasticrec.training.rows import MissedSteps, TouchedRows
 
 ROWS, WIDTH, STEPS = 30, 4, 60
 CONFIGS = {
@@ -64,6 +65,31 @@ def dense(config: OptimizerConfig, share: float) -> tuple[Tensor, Tensor]:
         decay = average_decay(config.ema_decay, step)
         average_ID = decay * average_ID + (1 - decay) * weight_ID
     return weight_ID.float(), average_ID.float()
+
+
+def missed_one_by_one(config: OptimizerConfig, rate: float, since: int, now: int) -> tuple[float, float, float]:
+    keep, decay, share = 1.0, 1.0, 0.0
+    for step in range(since, now):
+        keep *= 1 - rate * config.weight_decay
+        share = average_decay(config.ema_decay, step) * share + (1 - average_decay(config.ema_decay, step)) * keep
+        decay *= average_decay(config.ema_decay, step)
+    return keep, decay, share
+
+
+@pytest.mark.parametrize(
+    ("rate", "weight_decay", "ema_decay"), [(1e-2, 0.5, 0.999), (0.1, 9.0, 0.999), (1e-3, 0.1, 0.99)]
+)
+def test_a_decay_stronger_than_the_average_is_slow_leaves_nothing_to_rounding(
+    rate: float, weight_decay: float, ema_decay: float
+) -> None:
+    """Over 12,500 steps the number that is kept would grow by a factor of 10^21, and to infinity."""
+    config = OptimizerConfig(learning_rate=rate, weight_decay=weight_decay, ema_decay=ema_decay)
+    missed, now = MissedSteps(config, lambda _: rate), 12_500
+    missed.factors(np.array([0]), now + 500)  # what is known goes beyond what is asked
+    since_U = np.array([now, now - 1, now - 50, now - 3_000, 0])
+    found_U3 = np.array(missed.factors(since_U, now)).T
+    expected_U3 = [missed_one_by_one(config, rate, int(since), now) for since in since_U]
+    np.testing.assert_allclose(found_U3, expected_U3, rtol=1e-8, atol=1e-300)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -15,9 +15,11 @@ import numpy.typing as npt
 
 from elasticrec.columns import PAD
 from elasticrec.data.inputs import Inputs, read_past
-from elasticrec.data.sequences import Float32, Int16, Int32, Int64, Sequences
+from elasticrec.data.sequences import Float32, Float64, Int16, Int32, Int64, Sequences
 from elasticrec.data.split import SplitData
 from elasticrec.errors import ConfigError, InputError
+
+_CHUNK_USERS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +127,25 @@ class Plan:
     def tokens(self, step: int) -> int:
         """Targets in the whole global step, which is what the loss is divided by."""
         return int(self._lengths(self._drawn(step)).sum())
+
+    def mean_targets(self, n_items: int) -> Float64:
+        """How often items 1 .. `n_items` are targets in an epoch, in the mean over epochs: (n_items,)."""
+        times_I1 = np.zeros(n_items + 1)
+        for begin in range(0, len(self._trainable), _CHUNK_USERS):
+            position_E, share_E = self._mean_windows(self._trainable[begin : begin + _CHUNK_USERS])
+            times_I1 += np.bincount(self._item_E[position_E], share_E, minlength=n_items + 1)
+        return np.asarray(times_I1[1:])
+
+    def _mean_windows(self, users_B: Int64) -> tuple[Int64, Float64]:
+        """Where the targets of some users lie, and in which share of epochs each is in its user's window."""
+        targets_B, length_B = self._end_U[users_B] - self._start_U[users_B] - 1, self._lengths(users_B)
+        place_E = np.arange(targets_B.sum()) - np.repeat(np.cumsum(targets_B) - targets_B, targets_B)
+        slack_E, length_E = (np.repeat(part_B, targets_B) for part_B in (targets_B - length_B, length_B))
+        position_E = np.repeat(self._start_U[users_B] + 1, targets_B) + place_E
+        if not self.config.random_windows:
+            return position_E, (place_E >= slack_E).astype(np.float64)
+        windows_E = np.minimum(place_E, slack_E) - np.maximum(0, place_E - length_E + 1) + 1  # of slack + 1 that fit
+        return position_E, windows_E / (slack_E + 1)
 
     def windows(self, step: int, users_B: Int64) -> Windows:
         """Gathers the windows of some users of a step: (B, T) each."""

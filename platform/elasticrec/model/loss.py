@@ -57,6 +57,7 @@ class Negatives(NamedTuple):
 
     item_K: Tensor  # int64, as the batch numbers items
     log_weight_K: Tensor  # float32, added to the item's logit: it stands for that many of the catalogue
+    log_expected_K: Tensor | None = None  # float32, of how often the item is a target of others, if that is its source
 
 
 class Seen(NamedTuple):

@@ -59,8 +59,8 @@ class Popularity:
 
     def __post_init__(self) -> None:
         _check_count("negatives", self.negatives, 1)
-        if self.power < 0:
-            raise ConfigError(f"power {self.power} must be at least 0")
+        if not 0 <= self.power < float("inf"):
+            raise ConfigError(f"power {self.power} must be at least 0 and finite; 0.75 is usual")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +82,9 @@ class SampledSoftmax:
     """Cross-entropy of each target against the negatives of its step; only the rows that a step touches are trained.
 
     With `log_q` a negative counts for as many items as its chance to be drawn says (arXiv 2507.09331: the target
-    itself is certain and is not corrected), so that the loss tends to full softmax as the negatives grow. `mask_seen`
-    as there.
+    itself is certain and is not corrected), so that the loss tends to full softmax as the negatives grow. Where targets
+    are the negatives, those of a token's own window are certain as well, whatever their share of all targets is.
+    `mask_seen` as there.
     """
 
     kind: ClassVar[str] = "sampled_softmax"
@@ -108,13 +109,14 @@ def recommended_loss(n_items: int, *, mask_seen: bool = False) -> AnyLoss:
 @summed_loss.register
 def _(config: SampledSoftmax, network: Network, h_BTD: Tensor, batch: Batch) -> Tensor:
     assert batch.negatives is not None, "a batch for sampled softmax holds the negatives of its step"
-    item_K, log_weight_K = batch.negatives
+    item_K, log_weight_K, log_expected_K = batch.negatives
     h_MD, target_M = batch.answers(h_BTD)
     query_MD, key_ID = network.head.query(h_MD), network.keys()
     target_MD, negative_KD = F.embedding(target_M, key_ID), key_ID.index_select(0, item_K)
     place_I = _places(item_K, len(key_ID))
     masked = Masked(place_I, target_M, batch.seen() if config.mask_seen else None)
-    loss = summed_sampled_cross_entropy(query_MD, target_MD, negative_KD, log_weight_K, masked)
+    own = None if log_expected_K is None else Own.of(batch, place_I, log_expected_K)
+    loss = summed_sampled_cross_entropy(query_MD, target_MD, negative_KD, log_weight_K, masked, own)
     if config.label_smoothing:
         mean_D = torch.softmax(log_weight_K, dim=0) @ negative_KD
         loss = loss + config.label_smoothing * smoothing(query_MD, target_MD, mean_D)
@@ -138,6 +140,35 @@ class Masked(NamedTuple):
         return row_h, place_mX[row_h, column_h]
 
 
+class Own(NamedTuple):
+    """What M tokens know of the negatives: the targets of their own windows are among them, by chance or not."""
+
+    place_I: Tensor  # as of `Masked`
+    log_expected_K: Tensor  # of how often each comes up, by chance
+    target_BT: Tensor
+    count_BT: Tensor  # how often the window has that target; 0 but for the first of equal ones
+    row_M: Tensor  # of tokens among the B windows
+
+    @classmethod
+    def of(cls, batch: Batch, place_I: Tensor, log_expected_K: Tensor) -> "Own":
+        target_BT = batch.target_BT.long()
+        equal_BTT = target_BT[:, :, None] == target_BT[:, None, :]
+        is_first_BT = ~equal_BTT.tril(diagonal=-1).any(dim=2)
+        row_M = batch.seen().place_M // target_BT.shape[1]
+        return cls(place_I, log_expected_K, target_BT, equal_BTT.sum(dim=2) * is_first_BT, row_M)
+
+    def shifts(self, pick: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Row among the tokens of `pick`, column among the negatives, and what is added to that logit; pairs once.
+
+        A negative that came up c times stands for c / (expected + times in the window) and not for c / expected.
+        """
+        row_m = self.row_M[pick]
+        place_mT, count_mT = self.place_I[self.target_BT[row_m]], self.count_BT[row_m]
+        row_h, column_h = ((place_mT >= 0) & (count_mT > 0)).nonzero(as_tuple=True)
+        place_h, count_h = place_mT[row_h, column_h], count_mT[row_h, column_h]
+        return row_h, place_h, -F.softplus(count_h.log() - self.log_expected_K[place_h])
+
+
 def _places(item_K: Tensor, n_rows: int) -> Tensor:
     place_I = torch.full((n_rows,), -1, device=item_K.device)
     place_I[item_K] = torch.arange(len(item_K), device=item_K.device)
@@ -145,11 +176,16 @@ def _places(item_K: Tensor, n_rows: int) -> Tensor:
 
 
 def summed_sampled_cross_entropy(
-    query_MD: Tensor, target_MD: Tensor, negative_KD: Tensor, log_weight_K: Tensor, masked: Masked
+    query_MD: Tensor,
+    target_MD: Tensor,
+    negative_KD: Tensor,
+    log_weight_K: Tensor,
+    masked: Masked,
+    own: Own | None = None,
 ) -> Tensor:
     """Sum over tokens of -log(e^s / (e^s + sum over k of e^(s_k + log_weight_k))), s the score of the target."""
     loss: Tensor = _ChunkedSampledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        query_MD, target_MD, negative_KD, log_weight_K, masked
+        query_MD, target_MD, negative_KD, log_weight_K, masked, own
     )
     return loss
 
@@ -159,7 +195,13 @@ class _ChunkedSampledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query_MD: Tensor, target_MD: Tensor, negative_KD: Tensor, log_weight_K: Tensor, masked: Masked
+        ctx: Any,
+        query_MD: Tensor,
+        target_MD: Tensor,
+        negative_KD: Tensor,
+        log_weight_K: Tensor,
+        masked: Masked,
+        own: Own | None,
     ) -> Tensor:
         query_grad_MD, target_grad_MD = torch.empty_like(query_MD), torch.empty_like(target_MD)
         negative_grad_KD = torch.zeros_like(negative_KD)
@@ -173,6 +215,9 @@ class _ChunkedSampledCrossEntropy(torch.autograd.Function):
                 pick = slice(begin, begin + size)
                 query_mD, target_mD = query_MD[pick], target_MD[pick]
                 logits_mK = add_product(log_weight_K, query_mD, factor_KD.t())
+                if own is not None:
+                    row_h, column_h, shift_h = own.shifts(pick)
+                    logits_mK[row_h, column_h] += shift_h
                 logits_mK[masked.of(pick)] = float("-inf")
                 target_m1 = (query_mD * target_mD).sum(dim=1, keepdim=True)
                 peak_m1 = torch.maximum(logits_mK.amax(dim=1, keepdim=True), target_m1)
@@ -188,9 +233,9 @@ class _ChunkedSampledCrossEntropy(torch.autograd.Function):
         return loss.to(query_MD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query_MD, target_MD, negative_KD = ctx.saved_tensors
-        return query_MD * grads[0], target_MD * grads[0], negative_KD * grads[0], None, None
+        return query_MD * grads[0], target_MD * grads[0], negative_KD * grads[0], None, None, None
 
 
 def _check_count(name: str, count: int, least: int) -> None:

@@ -9,15 +9,14 @@ from functools import singledispatch
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from elasticrec.columns import COUNT
-from elasticrec.data.sequences import Int64, Store
+from elasticrec.data.plan import Plan
+from elasticrec.data.sequences import Float64, Int64, Store
 from elasticrec.errors import ConfigError
 from elasticrec.model.sampled import InBatch, LogUniform, Popularity, SampledSoftmax, Uniform
 
-Float64 = npt.NDArray[np.float64]
 _PURPOSE = 1  # tells these random numbers from others of the same seed and step
 
 
@@ -27,6 +26,15 @@ class Drawn(NamedTuple):
     item_K: Int64
     count_K: Int64  # how often each came up
     expected_K: Float64  # how often each comes up in the mean over steps
+    of_targets: bool = False  # so that to a window its own targets come up for certain
+
+
+class Weighted(NamedTuple):
+    """The negatives of a step as the loss takes them."""
+
+    item_K: Int64  # each once, ascending
+    log_weight_K: Float64  # added to their logits
+    log_expected_K: Float64 | None = None  # see `model.loss.Negatives`
 
 
 Draw = Callable[[np.random.Generator, Int64], Drawn]  # random numbers and targets (M,) of the global step
@@ -38,11 +46,14 @@ class Catalogue:
 
     n_items: int
     counts: Callable[[], Int64]  # events of items 1..I
+    targets: Callable[[], Float64]  # of an epoch that are items 1..I, in the mean
 
     @classmethod
-    def of(cls, store: Store) -> "Catalogue":
-        """Counts are read when a source asks for them."""
-        return cls(n_items=store.n_items, counts=lambda: _counts(store))
+    def of(cls, store: Store, plan: Plan) -> "Catalogue":
+        """Both are counted when a source asks for them."""
+        return cls(
+            n_items=store.n_items, counts=lambda: _counts(store), targets=lambda: plan.mean_targets(store.n_items)
+        )
 
 
 class NegativeSampler:
@@ -52,11 +63,14 @@ class NegativeSampler:
         self._draw = draw_of(config.source, catalogue)
         self._log_q, self._seed = config.log_q, seed
 
-    def negatives(self, step: int, target_M: Int64) -> tuple[Int64, Float64]:
-        """Items (K,), each once and ascending, and what is added to their logits (K,)."""
+    def negatives(self, step: int, target_M: Int64) -> Weighted:
+        """Of a step with these targets."""
         generator = np.random.default_rng([self._seed, step, _PURPOSE])
-        item_K, count_K, expected_K = self._draw(generator, target_M)
-        return item_K, np.log(count_K / expected_K) if self._log_q else np.log(count_K)
+        item_K, count_K, expected_K, of_targets = self._draw(generator, target_M)
+        if not self._log_q:
+            return Weighted(item_K, np.log(count_K))
+        log_expected_K = np.log(expected_K)
+        return Weighted(item_K, np.log(count_K) - log_expected_K, log_expected_K if of_targets else None)
 
 
 @singledispatch
@@ -83,7 +97,21 @@ def _(source: LogUniform, catalogue: Catalogue) -> Draw:
 
 @draw_of.register
 def _(source: Popularity, catalogue: Catalogue) -> Draw:
-    return _spread(np.power(catalogue.counts() + 1.0, source.power, dtype=np.float64), source.negatives)
+    return _spread(_powers(catalogue.counts(), source.power, source.negatives), source.negatives)
+
+
+def _powers(count_I: Int64, power: float, negatives: int) -> Float64:
+    """(events + 1) ** power up to a factor, for any power.
+
+    In multiples of the item that has as many of at least its events as there are negatives: whatever is e ** 600 times
+    more frequent comes up in every step anyhow.
+    """
+    log_I = np.log1p(count_I, dtype=np.float64)
+    place = max(0, len(log_I) - negatives)
+    log_I -= np.partition(log_I, place)[place]
+    with np.errstate(over="ignore"):
+        log_I *= power
+    return np.asarray(np.exp(np.clip(log_I, -600, 600, out=log_I), out=log_I))
 
 
 def _spread(weight_I: Float64, negatives: int) -> Draw:
@@ -120,15 +148,15 @@ def _uniform(generator: np.random.Generator, size: int, drawn: int) -> Int64:
 
 @draw_of.register
 def _(source: InBatch, catalogue: Catalogue) -> Draw:
-    share_I = catalogue.counts() + 1.0
-    share_I /= share_I.sum()
+    share_I = catalogue.targets()
+    share_I = share_I / share_I.sum()
     drawn = min(source.uniform, catalogue.n_items)
 
     def draw(generator: np.random.Generator, target_M: Int64) -> Drawn:
         uniform_N = _uniform(generator, catalogue.n_items, drawn)
         item_K, count_K = np.unique(np.concatenate([target_M, uniform_N]), return_counts=True)
         expected_K = len(target_M) * share_I[item_K - 1] + drawn / catalogue.n_items
-        return Drawn(item_K, count_K, expected_K)
+        return Drawn(item_K, count_K, expected_K, of_targets=True)
 
     return draw
 

@@ -8,6 +8,8 @@ are touched next, or at `flush`. So a step costs as much as the rows it touches,
 """
 
 from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ from elasticrec.training.optimizer import OptimizerConfig, average_decay
 _CHUNK_ROWS = 1 << 16
 _SMALLEST_DECAY = 1e-30  # of the average, whose logarithm is summed; nothing of float32 is left after it
 _EPSILON = 1e-8  # AdamW's
+_LARGEST_MEAN = 100.0  # M; a difference of such numbers keeps 13 digits
 
 Float64 = npt.NDArray[np.float64]
 
@@ -33,21 +36,38 @@ class MissedSteps:
         row     -> row * P                    P = product of p_s
         average -> average * E + row * C      E = product of d_s,  C = sum of (1 - d_s) p_a ... p_s d_(s+1) ... d_(b-1)
 
-    With M_0 = 0 and M_(s+1) = d_s M_s / p_s + 1 - d_s one finds C = P M_b - E M_a: one number a step is enough.
+    With M_0 = 0 and M_(s+1) = d_s M_s / p_s + 1 - d_s one finds C = P M_b - E M_a: one number a step is enough. Where
+    decay is stronger than the average is slow, M grows, and nothing would be left of the difference: it begins again at
+    0 before that, and a row that waited over such a border is moved up to it first.
     """
 
     def __init__(self, config: OptimizerConfig, rate_of: Callable[[int], float]) -> None:
         self._config, self._rate_of = config, rate_of
         self._sums_3S = np.zeros((3, 1024))  # logarithms of p and of d summed, and M; of steps 0 .. known
         self._known = 0
+        self._border_B = [0]  # steps at which M began at 0
+        self._mean_B: list[float] = []  # M at the end of what came before each but the first
 
     def factors(self, since_U: npt.NDArray[np.int64], now: int) -> tuple[Float64, Float64, Float64]:
         """P, E and C of rows that stand at the beginning of steps `since_U`: (U,) each."""
         self._learn(now)
+        border_B = np.array(self._border_B)
+        border_B = border_B[border_B <= now]
+        end_B = np.append(border_B[1:], now)
+        mean_B = np.append(self._mean_B[: len(border_B) - 1], self._sums_3S[2, now])
+        part_U = np.searchsorted(border_B, since_U, side="right") - 1
+        first = self._within(since_U, end_B[part_U], mean_B[part_U])
+        parts = [self._within(*part) for part in zip(border_B, end_B, mean_B, strict=True)]
+        rest_B = np.array(list(accumulate(reversed(parts[1:]), _after, initial=(1.0, 1.0, 0.0)))[::-1])
+        keep_U, decay_U, share_U = _after(tuple(rest_B[part_U].T), first)
+        return keep_U, decay_U, share_U
+
+    def _within(self, since_U: Any, until_U: Any, mean_U: Any) -> "_Factors":
+        """P, E and C of steps between two borders; `mean_U` is M at their end."""
         log_keep_S, log_decay_S, mean_S = self._sums_3S
-        keep_U = np.exp(log_keep_S[now] - log_keep_S[since_U])
-        decay_U = np.exp(log_decay_S[now] - log_decay_S[since_U])
-        return keep_U, decay_U, keep_U * mean_S[now] - decay_U * mean_S[since_U]
+        keep_U = np.exp(log_keep_S[until_U] - log_keep_S[since_U])
+        decay_U = np.exp(log_decay_S[until_U] - log_decay_S[since_U])
+        return keep_U, decay_U, keep_U * mean_U - decay_U * mean_S[since_U]
 
     def _learn(self, now: int) -> None:
         if now >= self._sums_3S.shape[1]:
@@ -56,12 +76,23 @@ class MissedSteps:
             keep = 1 - self._rate_of(step) * self._config.weight_decay
             decay = max(average_decay(self._config.ema_decay, step), _SMALLEST_DECAY)
             log_keep, log_decay, mean = self._sums_3S[:, step]
-            self._sums_3S[:, step + 1] = (
-                log_keep + np.log(keep),
-                log_decay + np.log(decay),
-                decay * mean / keep + 1 - decay,
-            )
+            mean = decay * mean / keep + 1 - decay
+            if mean > _LARGEST_MEAN:
+                self._border_B.append(step + 1)
+                self._mean_B.append(mean)
+                mean = 0.0
+            self._sums_3S[:, step + 1] = (log_keep + np.log(keep), log_decay + np.log(decay), mean)
         self._known = max(self._known, now)
+
+
+_Factors = tuple[Any, Any, Any]
+
+
+def _after(later: _Factors, earlier: _Factors) -> _Factors:
+    """P, E and C of steps and those before them."""
+    keep, decay, share = later
+    keep_before, decay_before, share_before = earlier
+    return keep * keep_before, decay * decay_before, decay * share_before + share * keep_before
 
 
 class TouchedRows:

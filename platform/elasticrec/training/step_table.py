@@ -23,7 +23,7 @@ from elasticrec.model.loss import Batch, Negatives
 from elasticrec.model.network import TABLE, Network
 from elasticrec.model.quantized import FloatTable
 from elasticrec.model.sampled import SampledSoftmax
-from elasticrec.training.negatives import Catalogue, Float64, NegativeSampler
+from elasticrec.training.negatives import Catalogue, NegativeSampler, Weighted
 from elasticrec.training.optimizer import AveragedWeights
 from elasticrec.training.rows import TouchedRows
 from elasticrec.training.run import RunConfig
@@ -97,20 +97,19 @@ class Reads(NamedTuple):
     """What a global step reads of the table, as all workers know it from the plan."""
 
     windows: Windows
-    item_K: Int64
-    log_weight_K: Float64
+    negatives: Weighted
 
     def items(self, users: slice = slice(None)) -> Int64:
         """Padding, negatives, and inputs and targets of some of the users: ascending, each once."""
         input_B, target_B = self.windows.input_BT[users].ravel(), self.windows.target_BT[users].ravel()
-        return np.unique(np.concatenate([[PAD], input_B, target_B, self.item_K]))
+        return np.unique(np.concatenate([[PAD], input_B, target_B, self.negatives.item_K]))
 
 
 def reads(plan: Plan, sampler: NegativeSampler, step: int) -> Reads:
     """Of all users of a step."""
     windows = plan.windows(step, plan.users(step))
     target_M = windows.target_BT[windows.target_BT != PAD].astype(np.int64)
-    return Reads(windows, *sampler.negatives(step, target_M))
+    return Reads(windows, sampler.negatives(step, target_M))
 
 
 class Rows(Protocol):
@@ -142,8 +141,7 @@ class ApartTable:
         read = reads(self._plan, self._sampler, step)
         try:
             self._item_V = self._begin(step, read)
-            place_K = self._place(torch.from_numpy(read.item_K).to(self._device))
-            self._negatives = Negatives(place_K, torch.from_numpy(read.log_weight_K).to(self._device, torch.float32))
+            self._negatives = self._placed_negatives(read.negatives)
             yield
             self._rows.update(step)
         finally:
@@ -152,6 +150,13 @@ class ApartTable:
     def _begin(self, step: int, read: Reads) -> Tensor:
         """Puts rows in focus and returns which: (V,)."""
         raise NotImplementedError
+
+    def _placed_negatives(self, drawn: Weighted) -> Negatives:
+        log_weight_K, log_expected_K = (
+            None if part_K is None else torch.from_numpy(part_K).to(self._device, torch.float32) for part_K in drawn[1:]
+        )
+        assert log_weight_K is not None
+        return Negatives(self._place(torch.from_numpy(drawn.item_K).to(self._device)), log_weight_K, log_expected_K)
 
     def placed(self, batch: Batch) -> Batch:
         history = batch.history._replace(item_BT=self._place(batch.history.item_BT))
@@ -258,7 +263,7 @@ def step_table(
     table = network.encoder.items
     if not isinstance(table, FloatTable):
         raise ConfigError(f"sampled softmax cannot train {type(table).__name__}; use loss.kind full_softmax")
-    sampler = NegativeSampler(run.loss, Catalogue.of(store), run.plan.seed)
+    sampler = NegativeSampler(run.loss, Catalogue.of(store, plan), run.plan.seed)
     average_ID, device = averaged.state()[TABLE], table.weight_ID.device
     if table.own is None:
         return TouchedTable(plan, sampler, TouchedRows(table, average_ID, run.optimizer, rate_of), device)

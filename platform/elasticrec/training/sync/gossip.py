@@ -24,6 +24,8 @@ from elasticrec.model.network import Network
 from elasticrec.training.sync.independent import IndependentLink
 from elasticrec.training.sync.transport import pack, size_bytes, unpack, unpack_add
 
+_MOST_OVERLAP = 4  # with 8 a quadratic overshoots 3.6 times, with 16 it does not come back (docs/log.md)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gossip:
@@ -37,6 +39,11 @@ class Gossip:
         if self.overlap < 0 or self.meet_every < 1:
             raise ConfigError(
                 f"sync.overlap {self.overlap} must be at least 0 and sync.meet_every {self.meet_every} at least 1"
+            )
+        if self.overlap > _MOST_OVERLAP:
+            raise ConfigError(
+                f"sync.overlap {self.overlap} must be at most {_MOST_OVERLAP}: until its first message arrives a "
+                "worker gives half of its weight away in each step, and steps of what is left are as many times longer"
             )
 
     def prepare(self, network: Network) -> None:
