@@ -185,7 +185,7 @@ def run_config(way: Way, size: Size, storage: Path, dropout: float) -> RunConfig
         validation=ValidationConfig(every_epochs=NEVER),
         checkpoint=CheckpointConfig(interval_s=NEVER),
         compute=way.compute,
-        elastic=ElasticConfig(max_workers=1),
+        elastic=ElasticConfig(max_workers=1, gpus_per_worker=float(way.compute.graphs or way.compute.capture)),
     )
 
 

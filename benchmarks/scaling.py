@@ -51,7 +51,7 @@ from elasticrec.model.sampled import SampledSoftmax
 from elasticrec.training.compute import ComputeConfig
 from elasticrec.training.journal import STEPS, read
 from elasticrec.training.loop import Loop
-from elasticrec.training.run import AnySync, ElasticConfig, RunConfig
+from elasticrec.training.run import AnySync, RunConfig
 from elasticrec.training.sync.all_reduce import AllReduce
 from elasticrec.training.sync.gossip import Gossip
 from elasticrec.training.sync.hooks import Bfloat16
@@ -147,7 +147,7 @@ def config(case: Case, size: Size, folder: Path, device: str) -> RunConfig:
         name=case.name,
         data=folder / f"store-{size.n_items}",
         sync=sync_of(case.kind, size.meet_every),
-        elastic=ElasticConfig(min_workers=case.gpus, max_workers=case.gpus, balance=balance),
+        elastic=replace(run.elastic, min_workers=case.gpus, max_workers=case.gpus, balance=balance),
         **changes,
     )
 

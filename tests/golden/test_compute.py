@@ -4,6 +4,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from elasticrec.columns import ITEM, ITEM_INDEX, USER, USER_INDEX
+from elasticrec.config import from_mapping
 from elasticrec.data.plan import PlanConfig
 from elasticrec.data.sequences import Sequences, Store, write_store
 from elasticrec.errors import ConfigError
@@ -71,7 +73,7 @@ def curve(store: Store, storage: Path, compute: ComputeConfig, dropout: float, f
         validation=ValidationConfig(every_epochs=2),
         checkpoint=CheckpointConfig(interval_s=1e6),
         compute=compute,
-        elastic=ElasticConfig(max_workers=1),
+        elastic=ElasticConfig(max_workers=1, gpus_per_worker=float(compute.graphs or compute.capture)),
     )
     Loop(run, store, LocalHost(run.folder)).train()
     losses = [line["loss"] for line in read(run.folder / STEPS)]
@@ -157,6 +159,28 @@ def test_a_capture_without_a_gpu_is_refused(store: Store, tmp_path: Path) -> Non
 def test_a_graph_without_a_gpu_is_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"compute\.graphs needs a GPU, this worker has 'cpu'"):
         curve(store, tmp_path, ComputeConfig(compile=True, graphs=True), dropout=0.0)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"network": {"encoder": {"width": 96, "block": {"attention": "jagged"}}}},  # a CPU computes it by sdpa
+        {
+            "network": {"encoder": {"width": 96, "time": {}, "block": {"attention": "jagged"}}},  # sdpa, too
+            "elastic": {"gpus_per_worker": 1},
+        },
+        {
+            "network": {"encoder": {"width": 96, "block": {"heads": 3, "attention": "jagged"}}},
+            "elastic": {"gpus_per_worker": 1},
+        },
+        {
+            "elastic": {"max_workers": 1, "gpus_per_worker": 0.5},
+            "compute": {"capture": True, "bucket_tokens": 1024},
+        },
+    ],
+)
+def test_a_run_that_its_workers_can_compute_is_taken(raw: dict[str, Any]) -> None:
+    from_mapping(RunConfig, raw)
 
 
 def test_the_softmax_for_compilers_is_the_one_in_place() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -120,6 +121,45 @@ def test_given_vectors_are_read_too_and_must_fit(trained: tuple[Network, Plan]) 
     assert score_BN[0, 0] > score_BN[0, 1] + 1
     with pytest.raises(InputError, match=r"vectors of shape \(2, 0\) for 2 items; .* give \(2, 3\)"):
         tower.embed_new(new)
+
+
+def given_vectors(rows: int) -> np.ndarray:
+    """Of 3 entries; row i is of item i + 1."""
+    return np.eye(3, dtype=np.float32)[np.arange(1, rows + 1) % 3]
+
+
+@pytest.mark.parametrize("rows", [N_ITEMS + 1, N_ITEMS - 1])
+def test_there_are_as_many_vectors_as_items(trained: tuple[Network, Plan], rows: int) -> None:
+    said = rf"vectors of shape \({rows}, 3\) for {N_ITEMS} items; .* give \({N_ITEMS}, 3\), .* none for padding"
+    with pytest.raises(InputError, match=said):
+        fit_tower(*trained, item_table(), CONFIG, given_vectors(rows))
+
+
+def test_a_single_row_is_no_table_of_vectors(trained: tuple[Network, Plan]) -> None:
+    with pytest.raises(InputError, match=rf"vectors of shape \({N_ITEMS},\) for {N_ITEMS} items"):
+        fit_tower(*trained, item_table(), CONFIG, np.ones(N_ITEMS, dtype=np.float32))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300])
+def test_vectors_are_finite(trained: tuple[Network, Plan], bad: float) -> None:
+    """In float32, which is computed with."""
+    vector_IF: Any = given_vectors(N_ITEMS).astype(np.float64)
+    vector_IF[4, 1] = vector_IF[7, 2] = bad
+    said = f"2 of {N_ITEMS} vectors hold NaN or infinity, the first in row 4; .* zeros"
+    with pytest.raises(InputError, match=said):
+        fit_tower(*trained, item_table(), CONFIG, vector_IF)
+    few = dataclasses.replace(CONFIG, items=3, epochs=1)  # whichever items are drawn
+    with pytest.raises(InputError, match=said):
+        fit_tower(*trained, item_table(), few, vector_IF)
+
+
+def test_vectors_of_new_items_are_finite() -> None:
+    tower = ContentTower((), 4, vector_width=3)
+    new, vector_NF = pa.table({"item_id": ["x", "y"]}), given_vectors(2)
+    assert tower.embed_new(new, vector_NF).isfinite().all()
+    vector_NF[1, 0] = float("nan")
+    with pytest.raises(InputError, match="1 of 2 vectors hold NaN or infinity, the first in row 1"):
+        tower.embed_new(new, vector_NF)
 
 
 def test_words_and_categories_of_few_items_are_left_out() -> None:

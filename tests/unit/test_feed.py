@@ -83,7 +83,7 @@ def test_what_cannot_be_computed_as_asked_is_refused_before_anything_starts(tmp_
     with pytest.raises(ConfigError, match=r"compute\.bucket_tokens to 1024"):
         ComputeConfig(capture=True)
     captured = ComputeConfig(capture=True, bucket_tokens=64)
-    RunConfig(compute=captured, elastic=ElasticConfig(max_workers=1))
+    RunConfig(compute=captured, elastic=ElasticConfig(max_workers=1, gpus_per_worker=1))
     for more in (
         {"elastic": ElasticConfig(max_workers=2)},
         {"elastic": ElasticConfig(max_workers=1, exact=True)},

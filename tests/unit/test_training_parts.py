@@ -32,7 +32,7 @@ from elasticrec.training.elastic import (
     split_by_speed,
     step_s,
 )
-from elasticrec.training.journal import EPOCHS, STEPS, Journal, read
+from elasticrec.training.journal import EPOCHS, STARTS, STEPS, Journal, read
 from elasticrec.training.optimizer import AveragedWeights, OptimizerConfig, learning_rate, make_optimizer
 from elasticrec.training.run import RunConfig
 from elasticrec.training.saver import Saver
@@ -498,6 +498,15 @@ def test_a_line_torn_by_a_kill_is_left_out_and_written_again(tmp_path: Path) -> 
     assert read(tmp_path / STEPS) == [line_of(step) for step in range(4)]
 
 
+def test_a_start_torn_by_a_full_disk_stops_no_later_one(tmp_path: Path) -> None:
+    for step in (0, 5):
+        write_steps(tmp_path, step, range(step, step + 1))
+    cut(tmp_path / STARTS)
+    for step in (7, 9):
+        write_steps(tmp_path, step, range(step, step + 1))
+    assert [line["step"] for line in read(tmp_path / STARTS)] == [0, 7, 9]
+
+
 def test_flushed_lines_can_be_read_while_the_journal_is_open(tmp_path: Path) -> None:
     with Journal(tmp_path, 0) as journal:
         journal.step(line_of(0))
@@ -533,6 +542,42 @@ def test_a_journal_that_was_never_written_is_empty(tmp_path: Path) -> None:
         (
             {"sync": {"kind": "local_sgd"}, "elastic": {"exact": True}},
             "use sync.kind all_reduce without a hook, or leave elastic.exact out",
+        ),
+        (
+            {
+                "network": {"encoder": {"width": 96, "block": {"heads": 2, "attention": "jagged"}}},
+                "elastic": {"gpus_per_worker": 1},
+            },
+            "network.encoder.block.attention 'jagged' has kernels for a head width that is a power of two of 16 or "
+            "more, not for 48; change width or block.heads",
+        ),
+        (
+            {
+                "network": {"encoder": {"width": 16, "block": {"attention": "jagged"}}},
+                "elastic": {"gpus_per_worker": 1},
+            },
+            "not for 8; change width or block.heads",
+        ),
+        (
+            {"loss": {"kind": "sampled_softmax"}, "compute": {"bucket_tokens": 1024}},
+            "compute.bucket_tokens is known to loss.kind full_softmax alone; leave it out",
+        ),
+        (
+            {
+                "network": {"encoder": {"packed": False}},
+                "compute": {"compile": True, "graphs": True},
+            },
+            "compute.graphs needs a GPU, elastic.gpus_per_worker is 0; set elastic.gpus_per_worker to 1 or leave "
+            "compute.graphs out",
+        ),
+        (
+            {"elastic": {"max_workers": 1}, "compute": {"capture": True, "bucket_tokens": 1024}},
+            "compute.capture needs a GPU, elastic.gpus_per_worker is 0; set elastic.gpus_per_worker to 1 or leave "
+            "compute.capture out",
+        ),
+        (
+            {"loss": {"kind": "sampled_softmax", "source": {"kind": "popularity", "power": float("inf")}}},
+            "power inf must be at least 0 and finite",
         ),
     ],
 )

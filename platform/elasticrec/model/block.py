@@ -68,6 +68,15 @@ def check_heads(width: int, heads: int) -> None:
         raise ConfigError(f"width {width} does not divide over {heads} heads; change width or heads")
 
 
+def check_jagged_heads(head_width: int) -> None:
+    """Raises ConfigError unless the kernels of attention 'jagged' can compute heads of that width."""
+    if head_width < 16 or head_width & (head_width - 1):
+        raise ConfigError(
+            "network.encoder.block.attention 'jagged' has kernels for a head width that is a power of two of 16 or "
+            f"more, not for {head_width}; change width or block.heads, or take attention sdpa"
+        )
+
+
 def attend(q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor, bias_BNLL: Tensor) -> Tensor:
     """softmax(q k / sqrt(H) + bias) v; the bias (1 or B, N, L, L) leaves each position something to see.
 

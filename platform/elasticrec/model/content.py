@@ -74,10 +74,11 @@ class ContentTower(nn.Module):
             vectors: (N, F) of what made the vectors that the tower was fitted with.
 
         Raises:
-            InputError: vectors are missing, or not of the width that the tower was fitted with.
+            InputError: vectors are missing, not finite, or not of the width that the tower was fitted with.
         """
+        vector_NF = torch.from_numpy(self._checked(items.num_rows, vectors))
         with torch.no_grad():
-            return self._levelled(self(self.bag(items), self._checked(items.num_rows, vectors)))
+            return self._levelled(self(self.bag(items), vector_NF))
 
     def level(self, query_MD: Tensor, known_KD: Tensor, own_KD: Tensor) -> None:
         """Notes how far the tower's vectors of known items lie from their rows along the mean query.
@@ -115,14 +116,23 @@ class ContentTower(nn.Module):
             return row_ND
         return row_ND + F.embedding_bag(feature_S, self.weight_VD, begin_N, mode="sum", per_sample_weights=weight_S)
 
-    def _checked(self, items: int, vectors: Float32 | None) -> Tensor:
-        given = np.zeros((items, 0), dtype=np.float32) if vectors is None else np.asarray(vectors, dtype=np.float32)
-        if given.shape != (items, self.vector_width):
+    def _checked(self, items: int, vectors: Float32 | None) -> Float32:
+        """(N, F): one finite vector an item."""
+        with np.errstate(over="ignore"):  # what float32 cannot hold is told below
+            given_NF = np.zeros((items, 0), np.float32) if vectors is None else np.asarray(vectors, dtype=np.float32)
+        if given_NF.shape != (items, self.vector_width):
             raise InputError(
-                f"vectors of shape {given.shape} for {items} items; the content tower was fitted with vectors of "
-                f"{self.vector_width} entries, give ({items}, {self.vector_width})"
+                f"vectors of shape {given_NF.shape} for {items} items; the content tower was made for vectors of "
+                f"{self.vector_width} entries, give ({items}, {self.vector_width}), a row for each item in order and "
+                "none for padding"
             )
-        return torch.from_numpy(given)
+        bad_N = ~np.isfinite(given_NF).all(axis=1)
+        if bad_N.any():
+            raise InputError(
+                f"{np.count_nonzero(bad_N)} of {items} vectors hold NaN or infinity, the first in row "
+                f"{bad_N.argmax()}; mend them, or give zeros where nothing is known of an item"
+            )
+        return given_NF
 
     def to_table(self) -> pa.Table:
         """One row a feature: its name and its weights."""
@@ -152,15 +162,19 @@ def fit_tower(
 
     Args:
         items: all items of the network; row i is item i + 1.
-        vectors: (I, F) of text, pictures or whatever new items will have too.
+        vectors: (I, F) of text, pictures or whatever new items will have too; row i is of item i + 1.
+
+    Raises:
+        InputError: there are more or fewer vectors than items, or some are not finite.
     """
     torch.manual_seed(config.seed)
     width = network.config.encoder.width
-    tower = ContentTower(vocabulary(items, config), width, 0 if vectors is None else vectors.shape[1])
+    tower = ContentTower(vocabulary(items, config), width, 0 if vectors is None else np.shape(vectors)[-1])
+    vector_IF = tower._checked(network.n_items, vectors)
     item_K, place_I = _drawn(network.n_items, config.items)
     query_MD, target_M = _answers(network, plan, place_I, config.tokens)
     chosen = items.take(pa.array((item_K - 1).numpy()))
-    vector_KF = tower._checked(len(item_K), None if vectors is None else vectors[(item_K - 1).numpy()])
+    vector_KF = torch.from_numpy(vector_IF[(item_K - 1).numpy()])
     bag, known_KD = tower.bag(chosen), network.keys(item_K).detach().cpu()
     optimizer = torch.optim.AdamW(tower.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     for _ in range(config.epochs):

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elasticrec.model.block import check_jagged_heads
+
 _SPLITS = 512  # programs that the sum over users for the bias is to keep busy
 
 # Queries and keys of a tile, warps and stages of each kernel, for heads of up to 64 and of more. They are not chosen
@@ -116,8 +118,7 @@ def _shape(qkv: Tensor, weight: Tensor) -> tuple[Any, ...]:
 
 def _sizes(kernel: str, head_width: int) -> dict[str, Any]:
     """Tiles and warps of a kernel."""
-    if head_width < 16 or head_width & (head_width - 1):
-        raise ValueError(f"kernels need a head width that is a power of two of 16 or more, got {head_width}")
+    check_jagged_heads(head_width)
     queries, keys, warps, stages = TILES["narrow" if head_width <= 64 else "wide"][kernel]
     return {"H": head_width, "Q": queries, "K": keys, "num_warps": warps, "num_stages": stages}
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from elasticrec.errors import ConfigError
-from elasticrec.model.encoder import Encoder
+from elasticrec.model.block import BlockConfig, check_jagged_heads
+from elasticrec.model.encoder import Encoder, EncoderConfig
 from elasticrec.model.head import CosineHead
 from elasticrec.model.history import History
 from elasticrec.model.loss import FullSoftmax, SummedLoss, multiplies_bfloat16
@@ -67,11 +68,29 @@ def check_compute(config: ComputeConfig, network: NetworkConfig) -> None:
         raise ConfigError("compute.bucket_tokens is for tokens without padding; set network.encoder.packed to true")
 
 
-def check_device(config: ComputeConfig, device: torch.device) -> None:
-    """Raises ConfigError where a device cannot do what is asked."""
+def check_loss(config: ComputeConfig, loss: object) -> None:
+    """Raises ConfigError where a loss, told by its config, cannot be computed as asked."""
+    if config.bucket_tokens and not isinstance(loss, FullSoftmax):
+        raise ConfigError("compute.bucket_tokens is known to loss.kind full_softmax alone; leave it out")
+
+
+def check_gpu(config: ComputeConfig, gpu: bool, found: str) -> None:
+    """Raises ConfigError where a GPU is asked for and there is none; `found` says what is there."""
     for name in ("graphs", "capture"):
-        if getattr(config, name) and device.type != "cuda":
-            raise ConfigError(f"compute.{name} needs a GPU, this worker has '{device}'; leave it out")
+        if getattr(config, name) and not gpu:
+            raise ConfigError(
+                f"compute.{name} needs a GPU, {found}; set elastic.gpus_per_worker to 1 or leave compute.{name} out"
+            )
+
+
+def check_kernels(network: NetworkConfig) -> None:
+    """Raises ConfigError where the kernels of a block cannot compute its heads on a GPU."""
+    encoder = network.encoder
+    if not isinstance(encoder, EncoderConfig) or not encoder.packed or encoder.time is not None:
+        return  # sdpa takes any heads
+    for block in encoder.every_block:
+        if isinstance(block, BlockConfig) and block.attention == "jagged":
+            check_jagged_heads(block.head_size(encoder.width))
 
 
 def shapes(config: ComputeConfig, device: torch.device) -> Shapes:
@@ -86,9 +105,8 @@ def apply(config: ComputeConfig, loss: SummedLoss, device: torch.device) -> None
 
     Only training goes the compiled way: `network.scores` stays as it is, for batches of any size.
     """
-    check_device(config, device)
-    if config.bucket_tokens and (type(loss) is not SummedLoss or not isinstance(loss.config, FullSoftmax)):
-        raise ConfigError("compute.bucket_tokens is known to loss.kind full_softmax alone; leave it out")
+    check_gpu(config, device.type == "cuda", f"this worker has '{device}'")
+    check_loss(config, loss.config if type(loss) is SummedLoss else loss)
     loss.products = products_on(device, config.precision)
     if device.type == "cuda" and config.precision != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32

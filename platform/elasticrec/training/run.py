@@ -10,7 +10,7 @@ from elasticrec.evaluation.ranking import EvaluationConfig
 from elasticrec.model.loss import FullSoftmax
 from elasticrec.model.network import NetworkConfig
 from elasticrec.model.sampled import AnyLoss, SampledSoftmax
-from elasticrec.training.compute import ComputeConfig, check_compute
+from elasticrec.training.compute import ComputeConfig, check_compute, check_gpu, check_kernels, check_loss
 from elasticrec.training.optimizer import OptimizerConfig
 from elasticrec.training.sync.all_reduce import AllReduce
 from elasticrec.training.sync.async_average import AsyncAverage
@@ -119,6 +119,7 @@ class RunConfig:
                 "compute.capture is for one worker, sync.kind all_reduce, loss.kind full_softmax and no elastic.exact; "
                 "leave it out or set elastic.max_workers to 1"
             )
+        self._check_worker()
         if isinstance(self.sync, Sharded):
             self.sync.check_workers(self.elastic.max_workers)
         if self.network.table != "float32":
@@ -131,6 +132,14 @@ class RunConfig:
         known = {f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in self.evaluation.ks}
         if self.validation.metric not in known:
             raise ConfigError(f"validation.metric '{self.validation.metric}' is not measured; known: {sorted(known)}")
+
+    def _check_worker(self) -> None:
+        """Raises what a worker would raise, before one is started."""
+        gpus = self.elastic.gpus_per_worker
+        check_loss(self.compute, self.loss)
+        check_gpu(self.compute, gpus > 0, f"elastic.gpus_per_worker is {gpus:g}")
+        if gpus > 0:
+            check_kernels(self.network)
 
     @property
     def _captures(self) -> bool:
