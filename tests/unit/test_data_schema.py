@@ -1,9 +1,11 @@
 """Each bad input gives one error that names file, row, column, what was found and what to do."""
 
 import datetime
+import functools
 import gzip
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +14,7 @@ from elasticrec.data.files import find_files
 from elasticrec.data.schema import Checked, ColumnMap, check_agreement, read_events
 from elasticrec.errors import ConfigError, InputError
 
+HALF = functools.partial(np.array, dtype=np.float16)
 ALL = ColumnMap(user="u", item="i", time="t", rating="r")
 
 
@@ -80,6 +83,11 @@ def test_a_bad_row_is_named(tmp_path: Path, rows: list[str], message: str) -> No
         ({"t": [1.0, float("nan")]}, "row 2, column 't': is nan, which is no time"),
         ({"t": [[1], [2]]}, "column 't': has type list"),
         ({"u": [1.0, 1.5]}, "row 2, column 'u': is 1.5; an id must be text or a whole number"),
+        ({"u": [1.0, float("inf")]}, "row 2, column 'u': is inf; an id must be text or a whole number of 64 bits"),
+        ({"u": [1.0, 1e19]}, "row 2, column 'u': is 1e+19; an id must be text or a whole number of 64 bits"),
+        ({"u": [1.0, -1e19]}, "row 2, column 'u': is -1e+19; an id must be text or a whole number of 64 bits"),
+        ({"u": HALF([1, 1.5])}, "row 2, column 'u': is 1.5; an id must be text or a whole number"),
+        ({"u": HALF([1, np.inf])}, "row 2, column 'u': is inf; an id must be text or a whole number"),
         ({"u": [True, False]}, "column 'u': has type bool; an id must be text or a whole number"),
         ({"r": ["1", "x"]}, "row 2, column 'r': is 'x', which is no number"),
         ({"r": [1.0, float("inf")]}, "row 2, column 'r': is inf, which is no rating"),
@@ -141,6 +149,21 @@ def test_byte_order_mark_crlf_and_gzip_are_read(tmp_path: Path) -> None:
 
 def test_whole_floats_of_pandas_are_ids(tmp_path: Path) -> None:
     assert read(parquet(tmp_path, u=[1.0, 2.0])).events["user_id"].to_pylist() == [1, 2]
+
+
+def test_halves_are_numbers_as_other_floats(tmp_path: Path) -> None:
+    checked = read(parquet(tmp_path, u=HALF([1, 2]), t=HALF([3, 4]), r=HALF([0.5, 1])))
+    assert [checked.events[name].to_pylist() for name in ("user_id", "timestamp", "rating")] == [
+        [1, 2],
+        [3, 4],
+        [0.5, 1],
+    ]
+
+
+def test_a_space_after_the_comma(tmp_path: Path) -> None:
+    checked = read(csv(tmp_path, "1, 7, 1700000000, 4", "1, 8, +1700000001, +4.5"))
+    assert checked.events["timestamp"].to_pylist() == [1700000000, 1700000001]
+    assert checked.events["rating"].to_pylist() == [4.0, 4.5]
 
 
 def test_dictionaries_and_timestamps_of_parquet(tmp_path: Path) -> None:

@@ -63,3 +63,25 @@ def test_the_first_unreadable_row_is_found(second: list[int], row: int, junk: st
     with pytest.raises(BadTimeError, match="no time") as caught:
         parse_times(pa.array(text))
     assert caught.value.row == row
+
+
+@pytest.mark.parametrize("text", [" 1700000000", "+1700000000", "1700000000 ", " +1700000000.5", "\u00a01700000000"])
+def test_blanks_and_a_plus_around_a_number_are_no_mistake(text: str) -> None:
+    assert parse_times(pa.array([text, "1700000001"])).second_E.tolist() == [1700000000, 1700000001]
+
+
+def test_blanks_around_a_date_are_no_mistake() -> None:
+    assert parse_times(pa.array([" 2024-05-01 ", "2024-05-01"])).second_E.tolist() == [1714521600] * 2
+
+
+def test_times_of_any_width() -> None:
+    assert parse_times(pa.array(np.array([1, 2], dtype=np.float16))).second_E.tolist() == [1, 2]
+    assert parse_times(pa.array([10**19], pa.uint64())).second_E.tolist() == [10**10]
+
+
+@pytest.mark.parametrize("value", [1e20, 1e300, float("inf")])
+def test_times_beyond_all_units_are_named(value: float) -> None:
+    for column in (pa.array([1e18, value]), pa.array(["1e18", str(value)])):
+        with pytest.raises(BadTimeError, match="no time") as caught:
+            parse_times(column)
+        assert caught.value.row == 1

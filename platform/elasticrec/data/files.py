@@ -14,6 +14,12 @@ from elasticrec.errors import InputError
 
 _COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
 _WILDCARDS = frozenset("*?[")
+# What usually lies beside data and holds none. Another file of unknown ending may hold rows, so it is not passed over.
+_COMPANIONS = (
+    "readme*", "licen[cs]e*", "changelog*", "success", "checksums*", "*sums", "*.md", "*.rst", "*.html", "*.pdf",
+    "*.json", "*.yaml", "*.yml", "*.toml", "*.crc", "*.md5", "*.sha1", "*.sha256", "*.py", "*.sh", "*.sql",
+    "*.ipynb", "*.png",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +65,8 @@ def find_files(patterns: Iterable[str | Path], format: FileFormat | None = None)
         format: how to read them; without it the ending says (.parquet, .pq, .csv, .tsv, also .csv.gz and alike).
 
     Raises:
-        InputError: nothing is there, or the ending does not tell the format.
+        InputError: nothing is there, or an ending does not tell the format. Within a folder or glob, hidden files,
+            those that begin with _, empty ones and usual companions (README, *.json) are left out.
     """
     files = [file for pattern in patterns for file in _expand(str(pattern), format)]
     if not files:
@@ -70,7 +77,7 @@ def find_files(patterns: Iterable[str | Path], format: FileFormat | None = None)
 def _expand(pattern: str, format: FileFormat | None) -> list[InputFile]:
     filesystem, path = _filesystem(pattern)
     prefix = pattern[: len(pattern) - len(path)] if pattern.endswith(path) else ""
-    infos = _matching(filesystem, path) if _is_glob(path) else _at(filesystem, path, pattern)
+    infos = _matching(filesystem, path, format) if _is_glob(path) else _at(filesystem, path, pattern)
     if not infos:
         raise InputError(f"'{pattern}' matches no file; check the pattern")
     return [
@@ -102,14 +109,24 @@ def _is_glob(path: str) -> bool:
     return any(letter in _WILDCARDS for letter in path) and not Path(path).exists()
 
 
-def _matching(filesystem: Any, path: str) -> list[Any]:
+def _matching(filesystem: Any, path: str, format: FileFormat | None) -> list[Any]:
+    """Files that a glob matches, and those in folders that it matches."""
+    base = path[: min(path.index(letter) for letter in _WILDCARDS if letter in path)].rpartition("/")[0]
+    found = _globbed(filesystem, path, base)
+    files = [info for info in found if info.type == pafs.FileType.File]
+    if format is None:
+        files = _data(files, base)
+    for info in found:
+        if info.type == pafs.FileType.Directory and not _is_hidden(info.path, base):
+            files += _data(_inside(filesystem, info.path), base)
+    return sorted({info.path: info for info in files}.values(), key=lambda info: str(info.path))
+
+
+def _globbed(filesystem: Any, path: str, base: str) -> list[Any]:
     if isinstance(filesystem, pafs.LocalFileSystem):
-        found = filesystem.get_file_info(sorted(glob.glob(path, recursive=True)))
-    else:
-        base = path[: min(path.index(letter) for letter in _WILDCARDS if letter in path)].rpartition("/")[0]
-        listed = filesystem.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
-        found = [info for info in listed if fnmatch.fnmatchcase(info.path, path)]
-    return sorted((info for info in found if info.type == pafs.FileType.File), key=lambda info: str(info.path))
+        return list(filesystem.get_file_info(sorted(glob.glob(path, recursive=True))))
+    listed = filesystem.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
+    return [info for info in listed if fnmatch.fnmatchcase(info.path, path)]
 
 
 def _at(filesystem: Any, path: str, pattern: str) -> list[Any]:
@@ -121,17 +138,44 @@ def _at(filesystem: Any, path: str, pattern: str) -> list[Any]:
         raise InputError(f"'{pattern}' does not exist; check the path")
     if info.type != pafs.FileType.Directory:
         return [info]
-    listed = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
-    known = [info for info in listed if info.type == pafs.FileType.File and _is_data(info.path, path)]
-    if not known:
+    inside = _inside(filesystem, path)
+    if not any(_ending(found.path) in _FORMATS for found in inside):
         raise InputError(f"folder '{pattern}' holds no {', '.join(_FORMATS)} file; check the path")
-    return sorted(known, key=lambda info: str(info.path))
+    return sorted(_data(inside, path), key=lambda info: str(info.path))
 
 
-def _is_data(path: str, root: str) -> bool:
-    parts = path[len(root) :].strip("/").split("/")
-    hidden = any(part.startswith(("_", ".")) for part in parts)  # _SUCCESS, .crc and alike of Spark
-    return not hidden and _ending(path) in _FORMATS
+def _inside(filesystem: Any, folder: str) -> list[Any]:
+    """Files anywhere in a folder, without the hidden ones and _SUCCESS, .crc and alike of Spark."""
+    listed = filesystem.get_file_info(pafs.FileSelector(folder, recursive=True))
+    return [info for info in listed if info.type == pafs.FileType.File and not _is_hidden(info.path, folder)]
+
+
+def _is_hidden(path: str, root: str) -> bool:
+    return any(part.startswith(("_", ".")) for part in path[len(root) :].strip("/").split("/"))
+
+
+def _data(infos: list[Any], root: str) -> list[Any]:
+    """Those of known format.
+
+    Raises:
+        InputError: another one may hold rows too.
+    """
+    known = [info for info in infos if _ending(info.path) in _FORMATS]
+    others = [info for info in infos if _ending(info.path) not in _FORMATS]
+    unknown = sorted(info.path for info in others if not _is_companion(info, root))
+    if unknown:
+        shown = "', '".join(unknown[:3]) + ("' and others" if len(unknown) > 3 else "'")
+        raise InputError(
+            f"'{shown} would be left out: only {', '.join(_FORMATS)} files can be read; write them in one of these "
+            "formats, take them out, or name the files to read one by one"
+        )
+    return known
+
+
+def _is_companion(info: Any, root: str) -> bool:
+    name = Path(info.path).name.casefold()
+    usual = any(fnmatch.fnmatchcase(name, pattern) for pattern in _COMPANIONS)
+    return not info.size or usual or _is_hidden(info.path, root)
 
 
 def _ending(path: str) -> str:

@@ -20,6 +20,7 @@ from elasticrec.errors import ConfigError, InputError
 
 # How programs write "no value" into text. As ids they would join strangers into one user.
 NO_VALUE = ("", "null", "NULL", "None", "nan", "NaN")
+_FLOAT_ID_LIMIT = 2.0**63  # of int64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,13 +160,24 @@ def _whole_or_text(part: tables.Part, column: str) -> tuple[pa.Array, str]:
         return pc.cast(values, pa.string()), "integer"
     if pa.types.is_integer(kind):
         return pc.cast(values, pa.int64()), "integer"
-    if pa.types.is_floating(kind):  # pandas writes whole numbers so where a value is missing
-        values = pc.if_else(pc.is_nan(values), pa.scalar(None, kind), values)
-        row = tables.first_true(pc.fill_null(pc.not_equal(values, pc.floor(values)), False))
-        if row is None:
-            return pc.cast(values, pa.int64()), "integer"
-        raise part.error(row, column, f"is {values[row].as_py()!r}; an id must be text or a whole number")
+    if pa.types.is_floating(kind):
+        return _whole_floats(part, column, values), "integer"
     raise part.error(None, column, f"has type {kind}; an id must be text or a whole number: convert the column")
+
+
+def _whole_floats(part: tables.Part, column: str, values: pa.Array) -> pa.Array:
+    """Floats as int64: pandas writes whole numbers so where a value is missing."""
+    values = pc.cast(values, pa.float64())
+    values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+    row = tables.first_true(pc.fill_null(pc.not_equal(values, pc.floor(values)), False))
+    if row is not None:
+        raise part.error(row, column, f"is {values[row].as_py()!r}; an id must be text or a whole number")
+    row = tables.first_true(pc.fill_null(pc.greater_equal(pc.abs(values), _FLOAT_ID_LIMIT), False))
+    if row is not None:
+        raise part.error(
+            row, column, f"is {values[row].as_py()!r}; an id must be text or a whole number of 64 bits: correct the row"
+        )
+    return pc.cast(values, pa.int64())
 
 
 def _without_blanks(values: pa.Array) -> pa.Array:

@@ -1,6 +1,5 @@
 """One input file and the wanted columns in; an arrow table that can say where in the file a row stands out."""
 
-import csv
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from elasticrec.data.files import InputFile, ParquetFormat, TextFormat
+from elasticrec.data.rows import CountedLines, Row, rows, value
 from elasticrec.errors import InputError, suggestion
 
 _BLOCK_BYTES = 8 << 20
@@ -117,12 +117,31 @@ def _parquet_blocks(
 def _text_blocks(file: InputFile, format: TextFormat, columns: Sequence[str]) -> Iterator[Part]:
     header = list(format.header) if format.header else _header(file, format)
     _require(file, columns, header)
+    rows_read = 0
     try:
         with file.filesystem.open_input_stream(file.path) as stream:
-            batches = _parse(stream, format, header, columns)
-            yield from _in_blocks(file, batches, batches.schema, 0)
+            counted = CountedLines(stream)
+            batches = _parse(counted, format, header, columns)
+            for part in _in_blocks(file, batches, batches.schema, 0):
+                rows_read += part.table.num_rows
+                yield part
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise _explained(file, format, len(header), str(error)) from None
+        raise _explained(file, format, header, str(error)) from None
+    _require_all_rows(file, format, header, counted.lines, rows_read)
+
+
+def _require_all_rows(file: InputFile, format: TextFormat, header: list[str], lines: int, rows_read: int) -> None:
+    """Raises InputError where quotes swallowed rows; quoted fields may well hold line breaks of their own."""
+    header_rows = 0 if format.header else 1
+    if lines == rows_read + header_rows:
+        return
+    rows_there = -header_rows
+    for row in rows(file, format):
+        rows_there += 1
+        if (error := _stray_quote(file, format, header, row, rows_there)) is not None:
+            raise error
+    if rows_there != rows_read:
+        raise InputError(f"'{file.shown}' has {rows_there} rows, of which {rows_read} were read; write it as parquet")
 
 
 def _in_blocks(file: InputFile, batches: Iterable[pa.RecordBatch], schema: pa.Schema, row: int) -> Iterator[Part]:
@@ -144,7 +163,7 @@ def _parse(stream: Any, format: TextFormat, header: list[str], columns: Sequence
     if not single:
         stream = pa.BufferReader(stream.read().replace(format.separator.encode(), _STAND_IN.encode()))
     return pacsv.open_csv(
-        stream,
+        pa.PythonFile(stream, mode="r") if single else stream,
         read_options=pacsv.ReadOptions(
             column_names=header if format.header else None, encoding=format.encoding, block_size=_BLOCK_BYTES
         ),
@@ -161,16 +180,14 @@ def _parse(stream: Any, format: TextFormat, header: list[str], columns: Sequence
 
 def _header(file: InputFile, format: TextFormat) -> list[str]:
     """The names in the first line that is not blank."""
-    number, line = next(((number, line) for number, line in _lines(file) if line.strip()), (1, b""))
-    try:
-        text = line.decode("utf-8-sig" if format.encoding == "utf-8" else format.encoding).rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(file, number, line, error) from None
-    if not text:
+    row = next(rows(file, format), None)
+    if row is None:
         raise InputError(f"'{file.shown}' is empty: it has no header line; take it out or write it again")
-    if len(format.separator) > 1:
-        return text.split(format.separator)
-    return next(csv.reader([text], delimiter=format.separator, quotechar='"' if format.quoted else None))
+    try:
+        row.text.decode(format.encoding)
+        return [value(field).decode(format.encoding) for field in row.fields]
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file, row.line, row.text, error) from None
 
 
 def _require(file: InputFile, wanted: Sequence[str], present: Sequence[str]) -> None:
@@ -182,54 +199,43 @@ def _require(file: InputFile, wanted: Sequence[str], present: Sequence[str]) -> 
             raise InputError(f"'{file.shown}' has column '{name}' twice; rename one of them")
 
 
-def _lines(file: InputFile) -> Iterator[tuple[int, bytes]]:
-    """Lines of a text file with their number from 1."""
-    number, rest = 0, b""
-    with file.filesystem.open_input_stream(file.path) as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            *whole, rest = (rest + block).split(b"\n")
-            for line in whole:
-                number += 1
-                yield number, line + b"\n"
-    if rest:
-        yield number + 1, rest
-
-
 def _line_of(file: InputFile, row: int) -> int:
     """Line of a data row, which blank lines and the header shift; runs only on the way to an error."""
     assert isinstance(file.format, TextFormat)
     wanted = row if file.format.header else row + 1
-    filled = (number for number, line in _lines(file) if line.strip(b"\r\n"))
-    return next((number for index, number in enumerate(filled) if index == wanted), wanted + 1)
+    return next((found.line for index, found in enumerate(rows(file, file.format)) if index == wanted), wanted + 1)
 
 
-def _explained(file: InputFile, format: TextFormat, width: int, problem: str) -> InputError:
+def _explained(file: InputFile, format: TextFormat, header: list[str], problem: str) -> InputError:
     """Finds the line that arrow could not read; runs only on the way to an error."""
-    row = 0 if format.header else -1
-    separator = format.separator.encode()
-    for number, line in _lines(file):
-        if not line.strip(b"\r\n"):
-            continue
+    number = 0 if format.header else -1
+    for row in rows(file, format):
+        number += 1
         try:
-            text = line.decode(format.encoding)
+            text = row.text.decode(format.encoding)
         except UnicodeDecodeError as error:
-            return _not_utf8(file, number, line, error)
-        fields = _fields(text, format) if format.quoted else line.rstrip(b"\r\n").split(separator)
-        row += 1
-        if len(fields) != width:
+            return _not_utf8(file, row.line, row.text, error)
+        if (stray := _stray_quote(file, format, header, row, number)) is not None:
+            return stray
+        if len(row.fields) != len(header):
             return InputError(
-                f"'{file.shown}', row {row} (line {number}): has {len(fields)} fields where the header has {width}; "
-                f"correct the line: {text.strip()[:80]!r}"
+                f"'{file.shown}', row {number} (line {row.line}): has {len(row.fields)} fields where the header has "
+                f"{len(header)}; correct the line: {text.strip()[:80]!r}"
             )
-    if row <= 0:
+    if number <= 0:
         return InputError(f"'{file.shown}' has a header and no rows; take it out or write it again")
-    return InputError(f"'{file.shown}' cannot be read as separated text: {problem}")
+    return InputError(f"'{file.shown}' cannot be read as separated text; write it as parquet: {problem}")
 
 
-def _fields(text: str, format: TextFormat) -> Sequence[object]:
-    if len(format.separator) > 1:
-        return text.split(format.separator)
-    return next(csv.reader([text.rstrip("\r\n")], delimiter=format.separator))
+def _stray_quote(file: InputFile, format: TextFormat, header: list[str], row: Row, number: int) -> InputError | None:
+    column = row.stray_quote(len(header), format.separator.encode())
+    if column is None:
+        return None
+    name = f"column '{header[column]}'" if column < len(header) else f"column number {column + 1}"
+    return InputError(
+        f"'{file.shown}', row {number} (line {row.line}), {name}: a quote opens here and takes in all up to line "
+        f"{row.last_line}; close it, or take quotes that mean nothing out of the file, for example with: tr -d '\"'"
+    )
 
 
 def _not_utf8(file: InputFile, number: int, line: bytes, error: UnicodeDecodeError) -> InputError:

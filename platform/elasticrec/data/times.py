@@ -18,10 +18,11 @@ from elasticrec.data.codes import whole_numbers
 from elasticrec.data.sequences import Int64
 
 NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
-_WHOLE = r"^[+-]?\d{1,18}$"
+_WHOLE = r"^-?\d{1,18}$"
 _ZONED = r"[T ].*(Z|[+-]\d\d:?\d\d)$"
 _UNITS = ((1e11, "seconds", 1), (1e14, "milliseconds", 10**3), (1e17, "microseconds", 10**6))
 _LAST_UNIT = ("nanoseconds", 10**9)
+_LIMIT = 1e20  # of nanoseconds
 
 
 class BadTimeError(Exception):
@@ -62,10 +63,12 @@ def _text(column: Any) -> Times:
     number = whole_numbers(column)  # what most logs hold, without the regular expressions
     if number is not None and len(number) and pc.max(number).as_py() < 10**18:
         return _numbers(number.to_numpy(zero_copy_only=False), column)
+    column = pc.utf8_trim_whitespace(column)
     number_E = _mask(pc.match_substring_regex(column, NUMBER))
     if number_E.all():
-        whole = bool(pc.all(pc.match_substring_regex(column, _WHOLE)).as_py())
-        return _numbers(pc.cast(column, pa.int64() if whole else pa.float64()).to_numpy(zero_copy_only=False), column)
+        text = pc.replace_substring_regex(column, r"^\+", "")  # which arrow reads before fractions alone
+        whole = bool(pc.all(pc.match_substring_regex(text, _WHOLE)).as_py())
+        return _numbers(pc.cast(text, pa.int64() if whole else pa.float64()).to_numpy(zero_copy_only=False), column)
     if not number_E.any():
         return _iso(column)
     _raise_mixed(column, number_E)
@@ -118,9 +121,11 @@ def _first_unreadable(column: Any, kind: Any) -> int:
 
 
 def _numbers(value_E: npt.NDArray[Any], column: Any) -> Times:
-    finite_E = np.isfinite(value_E)
-    if not finite_E.all():
-        row = int(np.argmin(finite_E))
+    if np.issubdtype(value_E.dtype, np.floating):
+        value_E = value_E.astype(np.float64)
+    usable_E = np.isfinite(value_E) & (value_E < _LIMIT)
+    if not usable_E.all():
+        row = int(np.argmin(usable_E))
         raise BadTimeError(row, f"is {_shown(column, row)}, which is no time; use whole seconds since 1970")
     if len(value_E) == 0:
         return Times(second_E=value_E.astype(np.int64), unit="seconds")
@@ -141,7 +146,7 @@ def _numbers(value_E: npt.NDArray[Any], column: Any) -> Times:
 
 def _whole_seconds(value_E: npt.NDArray[Any], divisor: int) -> Int64:
     if np.issubdtype(value_E.dtype, np.integer):
-        return np.asarray(value_E.astype(np.int64) // divisor)
+        return np.asarray((value_E // divisor).astype(np.int64))
     return np.asarray(np.floor(value_E / divisor).astype(np.int64))
 
 

@@ -1,0 +1,137 @@
+"""A file of separated text in; its lines, its rows, which quoted fields may stretch over lines, and stray quotes out.
+
+Rows are cut as arrow cuts them, one by one in Python: this runs where arrow's rows and the lines of the file differ in
+number, and on the way to an error.
+"""
+
+import codecs
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from elasticrec.data.files import InputFile, TextFormat
+
+_BLOCK_BYTES = 8 << 20
+_QUOTE = b'"'
+_LINE_ENDS = b"\r\n"
+
+
+class Row(NamedTuple):
+    """One row, or the header, as it stands in the file. Lines count from 1."""
+
+    line: int
+    last_line: int
+    text: bytes
+    fields: Sequence[bytes]
+
+    def stray_quote(self, width: int, separator: bytes) -> int | None:
+        """The column (from 0) of a quote that takes in line breaks it should not; `width` columns there are."""
+        if self.line == self.last_line:
+            return None
+        long = [place for place, field in enumerate(self.fields) if len(field.splitlines()) > 1 or _end(field) < 0]
+        if len(self.fields) != width:
+            return long[0]
+        return next((place for place in long if _is_stray(self.fields[place], place, width, separator)), None)
+
+
+def value(field: bytes) -> bytes:
+    """Without the quotes around it."""
+    if not field.startswith(_QUOTE):
+        return field
+    end = _end(field)
+    inside, behind = (field[1:], b"") if end < 0 else (field[1 : end - 1], field[end:])
+    return inside.replace(_QUOTE * 2, _QUOTE) + behind
+
+
+class CountedLines:
+    """A stream of bytes that counts the lines which pass; blank ones are none."""
+
+    closed = False
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._within = False  # a line
+        self.lines = 0
+
+    def read(self, size: int | None = None) -> bytes:
+        """The next bytes."""
+        block: bytes = self._stream.read(size)
+        byte = np.frombuffer(block, dtype=np.uint8)
+        filled = (byte != _LINE_ENDS[0]) & (byte != _LINE_ENDS[1])
+        if len(filled):
+            self.lines += int(np.count_nonzero(filled[1:] > filled[:-1])) + int(filled[0] > self._within)
+            self._within = bool(filled[-1])
+        return block
+
+    def close(self) -> None:
+        """The stream is closed by whoever opened it."""
+
+
+def lines(file: InputFile) -> Iterator[tuple[int, bytes]]:
+    r"""Lines of a text file with their number from 1, without a byte order mark; they end in \n, \r\n or \r."""
+    number = 0
+    with file.filesystem.open_input_stream(file.path) as stream:
+        rest = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
+        while block := stream.read(_BLOCK_BYTES):
+            *whole, rest = (rest + block).splitlines(keepends=True)
+            for line in whole:
+                number += 1
+                yield number, line
+    if rest:
+        yield number + 1, rest
+
+
+def rows(file: InputFile, format: TextFormat) -> Iterator[Row]:
+    """Rows of a text file, the header among them and blank lines not."""
+    numbered, separator = lines(file), format.separator.encode()
+    for number, line in numbered:
+        if not line.strip(_LINE_ENDS):
+            continue
+        if format.quoted and _QUOTE in line:
+            yield _quoted_row(number, line, numbered, separator)
+        else:
+            yield Row(number, number, line, line.rstrip(_LINE_ENDS).split(separator))
+
+
+def _quoted_row(number: int, line: bytes, following: Iterator[tuple[int, bytes]], separator: bytes) -> Row:
+    text, last, begin = bytearray(line), number, 0
+    fields: list[bytes] = []
+    while True:
+        end = begin
+        if text.startswith(_QUOTE, begin):
+            end = _closing(text, begin + 1)
+            while end < 0 and (more := next(following, None)) is not None:
+                searched = len(text)
+                last = more[0]
+                text += more[1]
+                end = _closing(text, searched)
+            end = end if end >= 0 else len(text)
+        end = text.find(separator, end)
+        if end < 0:
+            fields.append(bytes(text[begin:]).rstrip(_LINE_ENDS))
+            return Row(number, last, bytes(text), fields)
+        fields.append(bytes(text[begin:end]))
+        begin = end + len(separator)
+
+
+def _end(field: bytes) -> int:
+    """Where the quoted part of a field ends; -1 where no quote ends it."""
+    return _closing(field, 1) if field.startswith(_QUOTE) else len(field)
+
+
+def _closing(text: bytes | bytearray, start: int) -> int:
+    """Where the quoted text that goes on at `start` has ended; -1 where no quote ends it. A doubled quote does not."""
+    while (place := text.find(_QUOTE, start)) >= 0:
+        if not text.startswith(_QUOTE, place + 1):
+            return place + 1
+        start = place + 2
+    return -1
+
+
+def _is_stray(field: bytes, place: int, width: int, separator: bytes) -> bool:
+    """Whether the quotes of a field over several lines are none: they do not match, or what they hold is whole rows."""
+    if _end(field) < len(field):
+        return True
+    first, *between, last = [line.count(separator) for line in field.splitlines() if line]
+    return first == width - 1 - place and last == place and all(count == width - 1 for count in between)
