@@ -30,7 +30,7 @@ class Row(NamedTuple):
         if self.line == self.last_line:
             return None
         long = [place for place, field in enumerate(self.fields) if len(field.splitlines()) > 1 or _end(field) < 0]
-        if len(self.fields) != width:
+        if len(self.fields) != width or _are_rows(self.text.splitlines(), width, separator):
             return long[0]
         return next((place for place in long if _is_stray(self.fields[place], place, width, separator)), None)
 
@@ -133,5 +133,11 @@ def _is_stray(field: bytes, place: int, width: int, separator: bytes) -> bool:
     """Whether the quotes of a field over several lines are none: they do not match, or what they hold is whole rows."""
     if _end(field) < len(field):
         return True
-    first, *between, last = [line.count(separator) for line in field.splitlines() if line]
-    return first == width - 1 - place and last == place and all(count == width - 1 for count in between)
+    first, *between, last = [line for line in field.splitlines() if line]
+    is_row = first.count(separator) == width - 1 - place and last.count(separator) == place
+    return is_row and _are_rows(between, width, separator)
+
+
+def _are_rows(lines: Sequence[bytes], width: int, separator: bytes) -> bool:
+    """Whether each of them, blank ones aside, has the separators of a row."""
+    return all(line.count(separator) == width - 1 for line in lines if line)
