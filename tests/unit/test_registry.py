@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from elasticrec.artifact.bundle import Bundle, open_bundle, verify_bundle, write_bundle
 from elasticrec.artifact.registry import Move, Reference, Registry, parse_reference, resolve_reference, trail
-from elasticrec.cli.registry import promote, rollback
+from elasticrec.cli.registry import promote, publish, rollback
 from elasticrec.errors import BundleError, ConfigError, RegistryError
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
@@ -268,6 +268,48 @@ def test_a_share_is_never_promoted_in_place_of_production(
     assert registry.labels("films") == {label: "2"}
     promote("films", "3", root)
     assert registry.labels("films")["production"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("latest", "reads as a version"),
+        ("3", "reads as a version"),
+        ("a b", "cannot be used"),
+        ("", "cannot be used"),
+        ("canary", "move it with 'elasticrec registry canary --percent"),
+        ("shadow", "move it with 'elasticrec registry shadow --percent"),
+    ],
+)
+def test_a_label_that_cannot_be_moved_publishes_nothing(
+    registry: Registry, bundle: Bundle, label: str, message: str
+) -> None:
+    registry.set_label("films", "canary", "2", percent=5)
+    with pytest.raises((RegistryError, ConfigError), match=message):
+        publish(bundle.uri, "films", registry.root.uri, label)
+    assert registry.versions("films") == ["1", "2", "3"]
+    assert registry.labels("films") == {"canary": "2"}
+    assert [move.percent for move in registry.history("films", "canary")] == [5]
+
+
+def test_publish_waits_for_no_other_move_of_the_label(registry: Registry, bundle: Bundle) -> None:
+    with registry.moving("films", "another"), pytest.raises(RegistryError, match="another move of 'films' goes on"):
+        publish(bundle.uri, "films", registry.root.uri, "production")
+    assert registry.versions("films") == ["1", "2", "3"]
+
+
+def test_publish_says_that_no_application_was_told(
+    registry: Registry, bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = registry.root.uri
+    for name, label in (("films", "production"), ("songs", "staging"), ("songs", None)):
+        publish(bundle.uri, name, root, label)
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith(root)] == [
+        f"{root}#films@4 is production; no application was told ('elasticrec registry promote' tells one)",
+        f"{root}#songs@1 is staging; no application was told ('elasticrec registry promote' tells one)",
+        f"{root}#songs@2",
+    ]
+    assert (registry.labels("films"), registry.labels("songs")) == ({"production": "4"}, {"staging": "1"})
 
 
 def test_a_rollback_that_names_what_it_leaves_goes_back_once(

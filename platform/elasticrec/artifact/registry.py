@@ -140,7 +140,7 @@ class Registry:
         Raises:
             RegistryError: there is no such version, or the label cannot be used.
         """
-        _check_label(label)
+        check_label(label)
         self._check_version(name, version)
         while True:
             moves = self.history(name, label)
@@ -320,7 +320,8 @@ def _check_name(what: str, name: str) -> None:
         raise RegistryError(f"{what} '{name}' cannot be used; take letters, digits, '.', '_' and '-'")
 
 
-def _check_label(label: str) -> None:
+def check_label(label: str) -> None:
+    """Raises RegistryError for a label that cannot be used."""
     _check_name("label", label)
     if label.isdigit() or label == LATEST:
         raise RegistryError(f"label '{label}' reads as a version; take a word such as '{DEFAULT_LABEL}'")

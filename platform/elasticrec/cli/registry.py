@@ -4,6 +4,7 @@ With RAY_ADDRESS set (a job has it) a move of production, canary or shadow reach
 model: its replicas load and check the version first, the label moves when all have, then they answer by it.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,14 @@ from typing import Annotated
 import tyro
 
 from elasticrec.artifact.location import locate
-from elasticrec.artifact.registry import DEFAULT_LABEL, Move, Registry, parse_reference, resolve_reference
+from elasticrec.artifact.registry import (
+    DEFAULT_LABEL,
+    Move,
+    Registry,
+    check_label,
+    parse_reference,
+    resolve_reference,
+)
 from elasticrec.cli.publishing import publish_ready
 from elasticrec.cli.rollout import Change, label_of, running
 from elasticrec.cli.service import NAME
@@ -31,14 +39,20 @@ def publish(bundle: Reference, name: str, root: str = DEFAULT_ROOT, label: str |
         bundle: folder, URI, REGISTRY#NAME@LABEL, or the folder of a sweep, whose chosen bundle is taken.
         name: of the model in the registry.
         root: folder or URI of the registry.
-        label: point this label at the new version, too.
+        label: point this label at the new version, too; no application is told. Not canary or shadow: these take a
+            share, and have commands of their own.
     """
-    registry = Registry(root)
-    version = publish_ready(registry, resolve_reference(_chosen_of(bundle)), name)
-    if label:
-        with registry.moving(name, f"publish --label {label}"):
-            registry.set_label(name, label, version)
-    print(f"{root}#{name}@{version}" + (f" is {label}" if label else ""))
+    registry, source = Registry(root), _chosen_of(bundle)
+    if label is None:
+        print(f"{root}#{name}@{publish_ready(registry, resolve_reference(source), name)}")
+        return
+    _require_answering(label)
+    check_label(label)
+    with _moving_known(registry, name, f"publish --label {label}"):
+        version = publish_ready(registry, resolve_reference(source), name)
+        registry.set_label(name, label, version)
+    told = "no application was told ('elasticrec registry promote' tells one)"
+    print(f"{root}#{name}@{version} is {label}; {told}")
 
 
 def promote(
@@ -149,6 +163,11 @@ def list_versions(root: str = DEFAULT_ROOT) -> None:
         for version in registry.versions(name):
             marks = sorted(label for label, at in labels.items() if at == version)
             print(f"{name}@{version}" + (f"  {', '.join(marks)}" if marks else ""))
+
+
+def _moving_known(registry: Registry, name: str, what: str) -> contextlib.AbstractContextManager[None]:
+    """Nobody else moves labels of the model meanwhile; one without a version has none to move."""
+    return registry.moving(name, what) if registry.versions(name) else contextlib.nullcontext()
 
 
 def _require_answering(label: str) -> None:
