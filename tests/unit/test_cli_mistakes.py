@@ -16,6 +16,7 @@ from elasticrec.cli.main import explain, run
 from elasticrec.cli.options import parse
 from elasticrec.compression.space import SweepConfig
 from elasticrec.compression.sweep import sweep
+from elasticrec.data.prepare import PrepareConfig
 from elasticrec.data.sequences import Sequences, Store, open_store, write_store
 from elasticrec.errors import ConfigError, InputError
 from elasticrec.evaluation.ranking import EvaluationConfig
@@ -71,6 +72,9 @@ BATCH = ["recommend-batch", "bundle", "--data", "store", "--out"]
         (["evaluate", "bundle", "--data", "store", "--out", "/nonexistent/q.json"], "no folder '/nonexistent'"),
         (["evaluate", "bundle", "--data", "store", "--out", "store"], "'store' is a folder"),
         (["evaluate", "bundle", "--data", "newer"], "item 1 is 'a' in the bundle and 'z' in 'newer'"),
+        (["evaluate", "s3://", "--data", "store"], "'s3://' names no bucket"),
+        (["evaluate", "gs://", "--data", "store"], "'gs://' names no bucket"),
+        (["evaluate", "s3://?region=eu-west-1", "--data", "store"], "names no bucket"),
         (["recommend", "bundle", "--history", "a", "--k", "0"], "--k is 0"),
         ([*BATCH, "top", "--k", "0"], "--k is 0"),
         ([*BATCH, "top", "--batch-users", "0"], "--batch-users is 0"),
@@ -158,6 +162,55 @@ def test_both_ways_to_name_a_config(home: Path, words: list[str]) -> None:
     assert parse(EvaluationConfig, "test", words, "").ks == (7,)
     with pytest.raises(ConfigError, match="needs the path"):
         parse(EvaluationConfig, "test", ["--config="], "")
+
+
+def test_a_config_needs_only_what_no_option_gives(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "split.yaml").write_text("evaluation: {ks: [7]}\nsplit: {kind: leave_one_out}\n")
+    (home / "data.yaml").write_text("data: nowhere\nevaluation: {ks: [7]}\n")
+    (home / "wrong.yaml").write_text("spilt: {kind: time}\n")
+    for file in ("split.yaml", "data.yaml"):
+        assert run(["evaluate", "bundle", "--data", "store", "--config", file, "--out", f"{file}.json"]) == 0
+        assert "ndcg@7" in json.loads((home / f"{file}.json").read_text())["test"]
+    with pytest.raises(SystemExit, match="2"):
+        run(["evaluate", "bundle", "--config", "split.yaml"])
+    assert "--data" in capsys.readouterr().err
+    assert run(["evaluate", "bundle", "--data", "store", "--config", "wrong.yaml"]) == 2
+    assert "unknown key 'spilt'; did you mean 'split'" in capsys.readouterr().err
+
+
+def test_what_a_file_and_the_options_give_is_checked_together(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "some.yaml").write_text("categories: shelf\nmin_user_events: 2\n")
+    words = ["--config", "some.yaml", "--interactions", "log.csv", "--out", "new"]
+    with pytest.raises(SystemExit, match="2"):
+        parse(PrepareConfig, "test", words, "")
+    assert "name columns of" in capsys.readouterr().err
+    config = parse(PrepareConfig, "test", [*words, "--items", "items.csv"], "")
+    expected = PrepareConfig(
+        interactions=("log.csv",), out=Path("new"), categories="shelf", items=("items.csv",), min_user_events=2
+    )
+    assert (type(config), config) == (PrepareConfig, expected)
+    (home / "whole.yaml").write_text("interactions: [log.csv]\nout: new\ncategories: shelf\n")
+    with pytest.raises(ConfigError, match="name columns of an item file"):
+        parse(PrepareConfig, "test", ["--config", "whole.yaml"], "")
+
+
+@pytest.mark.parametrize(("ks", "shown"), [(["5", "20"], 5), (["20", "5"], 20), (["50", "10"], 10)])
+def test_evaluate_shows_what_it_measured(
+    home: Path, capsys: pytest.CaptureFixture[str], ks: list[str], shown: int
+) -> None:
+    assert run(["evaluate", "bundle", "--data", "store", "--evaluation.ks", *ks, "--out", "q.json"]) == 0
+    assert set(json.loads((home / "q.json").read_text())["test"]) >= {f"hr@{k}" for k in ks}
+    told = capsys.readouterr().out
+    assert all(f"{name}@{shown} " in told for name in ("hr", "ndcg", "mrr", "coverage", "novelty"))
+
+
+def test_what_was_measured_is_written_before_it_is_shown(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(_table: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("elasticrec.cli.evaluate.show", closed)
+    assert run(["evaluate", "bundle", "--data", "store", "--out", "q.json"]) == 2
+    assert "ndcg@10" in json.loads((home / "q.json").read_text())["test"]
 
 
 def test_a_job_finds_its_config_in_both_ways(home: Path) -> None:

@@ -127,6 +127,7 @@ def test_a_folder_that_is_no_store_is_never_replaced(tmp_path: Path) -> None:
         ({"interactions": ()}, "no interactions were given"),
         ({"min_user_events": -1}, "must not be negative"),
         ({"title": "name"}, "give it with --items"),
+        ({"items": ("y.csv",), "categories": "shelf", "categories_separator": ""}, "categories_separator is empty"),
     ],
 )
 def test_impossible_settings(tmp_path: Path, options: dict[str, object], message: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from elasticrec.cli.frontier import frontier_page, write_frontier
+from elasticrec.cli.tables import compression_table, shown_k
 
 
 def row(recipe: str, size: float, latency_ms: float, quality: float, **more: Any) -> dict[str, Any]:
@@ -58,3 +59,30 @@ def test_without_a_finished_trial_the_reasons_are_left(tmp_path: Path) -> None:
     assert file == tmp_path / "report.html"
     assert "no memory" in file.read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def at(k: int, batch: int, told: dict[str, Any]) -> dict[str, Any]:
+    names = {name: name.replace("@10", f"@{k}").replace("_b1", f"_b{batch}") for name in told}
+    return {names[name]: value for name, value in told.items()}
+
+
+def test_a_sweep_that_measured_other_lengths_shows_them(tmp_path: Path) -> None:
+    rows = [at(20, 32, row) | {"hr@5": 0.1, "ndcg@5": 0.05} for row in ROWS[:3]] + ROWS[3:]
+    page = write_frontier(tmp_path, rows, at(20, 32, TEACHER), "", "").read_text()
+    assert page.replace("@20", "@10").replace("batch 32", "batch 1") == frontier_page(ROWS, TEACHER, "", "")
+    assert page.count("NDCG@20, test") == page.count("HR@20, test") == 1
+    assert [str(column.header) for column in compression_table(rows).columns][4:6] == ["hr@20", "ndcg@20"]
+    assert [str(column.header) for column in compression_table(ROWS).columns][4:6] == ["hr@10", "ndcg@10"]
+    assert compression_table(ROWS[3:]).row_count == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "k"),
+    [
+        (["ndcg@50", "ndcg@10", "ndcg@10_se"], 10),
+        (["validation_ndcg@7", "hr@20", "ndcg@20", "ndcg@5"], 20),
+        (["recipe"], 10),
+    ],
+)
+def test_tables_show_the_length_at_which_networks_are_compared(names: list[str], k: int) -> None:
+    assert shown_k(names) == k

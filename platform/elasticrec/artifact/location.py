@@ -184,7 +184,7 @@ def locate(uri: str | Path | Location) -> Location:
     `fsspec+SCHEME://` reaches every fsspec filesystem that is installed.
 
     Raises:
-        ConfigError: no filesystem for that scheme.
+        ConfigError: no filesystem for that scheme, or no bucket.
     """
     if isinstance(uri, Location):
         return uri
@@ -202,4 +202,6 @@ def locate(uri: str | Path | Location) -> Location:
         ) from None
     if isinstance(filesystem, pafs.LocalFileSystem):
         return Location(filesystem, path, path)
+    if not path:
+        raise ConfigError(f"'{text}' names no bucket; give one and a folder in it, such as s3://bucket/folder")
     return Location(filesystem, path, text)

@@ -45,9 +45,9 @@ def evaluate_bundle(prog: str, arguments: Sequence[str]) -> None:
     length = network.config.encoder.max_length
     with working("ranking the whole catalogue") as advance:
         quality = measure(network, store, config.split, config.evaluation, max_length=length, advance=advance)
-    show(quality_table(quality.as_mapping()))
     if config.out:
         config.out.write_text(json.dumps(quality.as_mapping(), indent=2) + "\n", encoding="utf-8")
+    show(quality_table(quality.as_mapping()))
 
 
 def _check_file(out: Path) -> None:

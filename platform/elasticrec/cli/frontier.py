@@ -7,27 +7,12 @@ from typing import Any
 
 from elasticrec.cli.charts import Axes, Mark, mark_chart
 from elasticrec.cli.report import STYLE
+from elasticrec.cli.tables import shown_k
 
 REPORT = "report.html"
+_SPEEDUP = "speedup_b"  # and a batch size
 Row = Mapping[str, Any]
-
-_QUALITY = "validation_ndcg@10"
-_COLUMNS: Mapping[str, Callable[[Row], str]] = {
-    "recipe": lambda row: str(row["recipe"]),
-    "": lambda row: "chosen" if row["chosen"] else "on the front" if row["on_front"] else "",
-    "bytes": lambda row: f"{int(row['bytes']):,}",
-    "resident": lambda row: f"{int(row['resident_bytes']):,}",
-    "p50, ms": lambda row: f"{row['p50_ms']:.2f}",
-    "p99, ms": lambda row: f"{row['p99_ms']:.2f}",
-    "users/s": lambda row: f"{row['users_per_s']:,.0f}",
-    "speed-up": lambda row: f"{row['speedup_b1']:.2f}",
-    "NDCG@10, validation": lambda row: f"{row[_QUALITY]:.4f}",
-    "NDCG@10, test": lambda row: f"{row['ndcg@10']:.4f} ± {row['ndcg@10_se']:.4f}",
-    "HR@10, test": lambda row: f"{row['hr@10']:.4f}",
-    "to the teacher, by user": lambda row: (
-        f"{row['ndcg@10_diff']:+.4f} [{row['ndcg@10_diff_low']:+.4f}, {row['ndcg@10_diff_high']:+.4f}]"
-    ),
-}
+Columns = Mapping[str, Callable[[Row], str]]
 
 
 def frontier_page(rows: Sequence[Row], teacher: Row, why: str, budget: str) -> str:
@@ -36,7 +21,7 @@ def frontier_page(rows: Sequence[Row], teacher: Row, why: str, budget: str) -> s
     cards = (
         ("Quality against size; the larger a dot, the slower", _chart(done, teacher, "bytes", "p50_ms")),
         ("Quality against latency; the larger a dot, the more bytes", _chart(done, teacher, "p50_ms", "bytes")),
-        ("Trials", _table(done)),
+        ("Trials", _table(done, _columns(teacher))),
         ("Not finished", _unfinished([row for row in rows if row["status"] != "done"])),
     )
     return (
@@ -58,38 +43,66 @@ def write_frontier(out: Path, rows: Sequence[Row], teacher: Row, why: str, budge
     return part.replace(file)
 
 
+def _columns(teacher: Row) -> Columns:
+    """What a table says of a trial, by heading: of what was measured of the teacher, too."""
+    k, batch = shown_k(teacher), _first_batch(teacher)
+    quality = f"ndcg@{k}"
+    return {
+        "recipe": lambda row: str(row["recipe"]),
+        "": lambda row: "chosen" if row["chosen"] else "on the front" if row["on_front"] else "",
+        "bytes": lambda row: f"{int(row['bytes']):,}",
+        "resident": lambda row: f"{int(row['resident_bytes']):,}",
+        "p50, ms": lambda row: f"{row['p50_ms']:.2f}",
+        "p99, ms": lambda row: f"{row['p99_ms']:.2f}",
+        "users/s": lambda row: f"{row['users_per_s']:,.0f}",
+        "speed-up": lambda row: f"{row[f'speedup_b{batch}']:.2f}",
+        f"NDCG@{k}, validation": lambda row: f"{row[f'validation_{quality}']:.4f}",
+        f"NDCG@{k}, test": lambda row: f"{row[quality]:.4f} ± {row[f'{quality}_se']:.4f}",
+        f"HR@{k}, test": lambda row: f"{row[f'hr@{k}']:.4f}",
+        "to the teacher, by user": lambda row: (
+            f"{row[f'{quality}_diff']:+.4f} [{row[f'{quality}_diff_low']:+.4f}, {row[f'{quality}_diff_high']:+.4f}]"
+        ),
+    }
+
+
 def _chart(rows: Sequence[Row], teacher: Row, x: str, third: str) -> str:
     most = max([row[third] for row in rows] + [teacher[third]])
-    labels = {"bytes": ("bundle, MB", 1e-6), "p50_ms": ("p50 at batch 1, ms", 1.0)}
-    text, scale = labels[x]
-    marks = [_mark(row, (row[x] * scale, row[_QUALITY]), row[third] / most) for row in rows]
-    place = (teacher[x] * scale, teacher[_QUALITY])
-    marks.append(Mark(point=place, size=0.02, style="s2", title=f"teacher\n{_told(teacher)}"))
-    return mark_chart(marks, Axes(x_label=text, y_label="validation NDCG@10"))
+    labels = {"bytes": ("bundle, MB", 1e-6), "p50_ms": (f"p50 at batch {_first_batch(teacher)}, ms", 1.0)}
+    (text, scale), k = labels[x], shown_k(teacher)
+    quality = f"validation_ndcg@{k}"
+    marks = [_mark(row, (row[x] * scale, row[quality]), row[third] / most, k) for row in rows]
+    place = (teacher[x] * scale, teacher[quality])
+    marks.append(Mark(point=place, size=0.02, style="s2", title=f"teacher\n{_told(teacher, k)}"))
+    return mark_chart(marks, Axes(x_label=text, y_label=f"validation NDCG@{k}"))
 
 
-def _mark(row: Row, point: tuple[float, float], size: float) -> Mark:
-    title = f"{row['recipe']}{' (chosen)' if row['chosen'] else ''}\n{_told(row)}"
+def _mark(row: Row, point: tuple[float, float], size: float, k: int) -> Mark:
+    title = f"{row['recipe']}{' (chosen)' if row['chosen'] else ''}\n{_told(row, k)}"
     style = "s1" if row["chosen"] else "s0"
     return Mark(point=point, size=size, style=style, title=title, faint=not (row["on_front"] or row["chosen"]))
 
 
-def _told(row: Row) -> str:
-    return f"NDCG@10 {row[_QUALITY]:.4f}, {row['p50_ms']:.2f} ms, {int(row['bytes']):,} bytes"
+def _told(row: Row, k: int) -> str:
+    return f"NDCG@{k} {row[f'validation_ndcg@{k}']:.4f}, {row['p50_ms']:.2f} ms, {int(row['bytes']):,} bytes"
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _first_batch(teacher: Row) -> str:
+    """The batch size of the columns without one in their names."""
+    return next(name for name in teacher if name.startswith(_SPEEDUP)).removeprefix(_SPEEDUP)
+
+
+def _table(rows: Sequence[Row], columns: Columns) -> str:
     if not rows:
         return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in _COLUMNS)
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     order = sorted(rows, key=lambda row: (not row["on_front"], float(row["bytes"])))
-    body = "".join(_line(row) for row in order)
+    body = "".join(_line(row, columns) for row in order)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, columns: Columns) -> str:
     style = ' class="marked"' if row["chosen"] else ""
-    return f"<tr{style}>{''.join(f'<td>{escape(cell(row))}</td>' for cell in _COLUMNS.values())}</tr>"
+    return f"<tr{style}>{''.join(f'<td>{escape(cell(row))}</td>' for cell in columns.values())}</tr>"
 
 
 def _unfinished(rows: Sequence[Row]) -> str:

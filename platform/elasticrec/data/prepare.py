@@ -60,6 +60,8 @@ class PrepareConfig:
             raise ConfigError("no interactions were given; name at least one file, folder or glob")
         if self.min_user_events < 0 or self.min_item_events < 0:
             raise ConfigError("min_user_events and min_item_events must not be negative; 0 keeps all")
+        if not self.categories_separator:
+            raise ConfigError("categories_separator is empty; give the text between two categories, such as '|'")
         if not self.items and (self.title or self.categories or self.item_key):
             raise ConfigError("title, categories and item_key name columns of an item file; give it with --items")
 
