@@ -26,6 +26,7 @@ from benchmarks.quality.sets import open_sets
 from benchmarks.result import Check, publish
 from elasticrec.artifact.bundle import open_bundle, write_bundle
 from elasticrec.artifact.manifest import MANIFEST
+from elasticrec.artifact.seen import BundleEvaluation
 from elasticrec.cli.connection import connected
 from elasticrec.compression.distil import Distil
 from elasticrec.compression.factorise import LowRankTable
@@ -185,7 +186,7 @@ def sweep_of(plan: Plan, bundle: str, store: Store, work: Path, quick: bool) -> 
         recipes=plan.recipes,
         budget=BUDGET,
         measure=MeasureConfig(rounds=60 if quick else 200),
-        evaluation=EvaluationConfig(ks=(10,), remove_seen=plan.remove_seen),
+        evaluation=BundleEvaluation(ks=(10,), remove_seen=plan.remove_seen),
         cpus_per_trial=float(THREADS),
     )
     result = sweep(

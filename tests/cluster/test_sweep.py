@@ -26,8 +26,8 @@ from elasticrec.compression.measure import MeasureConfig
 from elasticrec.compression.quantize import BFloat16Table, Int8Table
 from elasticrec.compression.recipe import label
 from elasticrec.compression.space import Asha, Axis, Optuna, SweepConfig
-from elasticrec.compression.sweep import SweepResult, calibrate, sweep
-from elasticrec.compression.trial import Job, start_of
+from elasticrec.compression.sweep import SweepResult, calibrate, job_of, sweep
+from elasticrec.compression.trial import start_of
 from elasticrec.config import to_mapping
 from elasticrec.data.sequences import Sequences, write_store
 from elasticrec.errors import BundleError, ConfigError
@@ -286,15 +286,7 @@ def test_rows_hold_the_difference_to_the_teacher(finished: Finished) -> None:
 
 
 def test_a_recipe_goes_on_from_the_finished_trial_of_its_first_steps(finished: Finished) -> None:
-    config = SweepConfig()
-    job = Job(
-        bundle=finished.bundle,
-        store=str(finished.store),
-        out=str(finished.out),
-        split=config.split,
-        measure=config.measure,
-        evaluation=config.evaluation,
-    )
+    job = job_of(SweepConfig(), open_bundle(finished.bundle), finished.store, finished.out)
     teacher = open_bundle(finished.bundle).network()
     network, rest = start_of((BFloat16Table(), Int8Linear()), teacher, job)
     assert (network.config.table, rest) == ("bfloat16", (Int8Linear(),))

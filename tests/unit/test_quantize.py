@@ -14,7 +14,7 @@ from torch import Tensor
 from elasticrec.artifact.bundle import open_bundle, write_bundle
 from elasticrec.compression.factorise import LowRankTable
 from elasticrec.compression.linears import Int8Linear
-from elasticrec.compression.measure import MeasureConfig, measure, resident_bytes
+from elasticrec.compression.measure import MeasureConfig, measure, question, resident_bytes
 from elasticrec.compression.quantize import BFloat16Table, Int4Table, Int8Table, PQTable, int8_rows
 from elasticrec.compression.recipe import Recipe, described, label
 from elasticrec.compression.workbench import apply
@@ -282,3 +282,16 @@ def test_measure_tells_a_slow_network_from_a_quick_one(history_BT: Tensor) -> No
         assert shallow.p50_ms <= shallow.p99_ms
         assert shallow.users_per_s > slow.users_per_s
     assert times["shallow"][16].users_per_s > times["shallow"][1].users_per_s
+
+
+def test_what_was_had_is_measured_as_it_is_served(history_BT: Tensor) -> None:
+    history = History(history_BT[:5])
+    for turn, rows in ((0, [0, 1, 2]), (1, [3, 4, 0])):
+        asked = question(history, 3, turn, k=4, remove_seen=True)
+        blocked = sorted(zip(asked.blocked_row_N.tolist(), asked.blocked_item_N.tolist(), strict=True))
+        expected = sorted((row, item) for row, user in enumerate(rows) for item in history_BT[user].tolist() if item)
+        assert blocked == expected
+        free = question(history, 3, turn, k=4, remove_seen=False)
+        assert (len(free.blocked_row_N), len(free.blocked_item_N), free.k) == (0, 0, 4)
+        assert free.past is not None
+        assert free.past.item_BT.tolist() == history_BT[rows].tolist()

@@ -11,6 +11,7 @@ import tyro
 from elasticrec.artifact.bundle import open_bundle
 from elasticrec.artifact.items import check_same_items
 from elasticrec.artifact.registry import resolve_reference
+from elasticrec.artifact.seen import BundleEvaluation
 from elasticrec.cli.options import parse, takes_arguments
 from elasticrec.cli.progress import working
 from elasticrec.cli.tables import quality_table, show
@@ -18,7 +19,6 @@ from elasticrec.data.sequences import open_store
 from elasticrec.data.split import LeaveOneOut, Split
 from elasticrec.errors import ConfigError
 from elasticrec.evaluation.quality import measure
-from elasticrec.evaluation.ranking import EvaluationConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class EvaluateConfig:
     data: Path  # the store that the bundle was trained on
     out: Path | None = None  # all metrics as JSON
     split: Split = field(default_factory=LeaveOneOut)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: tyro.conf.DisallowNone[BundleEvaluation] = field(default_factory=BundleEvaluation)
 
 
 @takes_arguments
@@ -44,7 +44,9 @@ def evaluate_bundle(prog: str, arguments: Sequence[str]) -> None:
     network.config.encoder.check(store)
     length = network.config.encoder.max_length
     with working("ranking the whole catalogue") as advance:
-        quality = measure(network, store, config.split, config.evaluation, max_length=length, advance=advance)
+        quality = measure(
+            network, store, config.split, config.evaluation.of(bundle), max_length=length, advance=advance
+        )
     if config.out:
         config.out.write_text(json.dumps(quality.as_mapping(), indent=2) + "\n", encoding="utf-8")
     show(quality_table(quality.as_mapping()))

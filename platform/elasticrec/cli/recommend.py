@@ -11,6 +11,7 @@ from rich.table import Table
 from elasticrec.artifact.bundle import Bundle, open_bundle
 from elasticrec.artifact.items import translation
 from elasticrec.artifact.registry import resolve_reference
+from elasticrec.artifact.seen import removes_seen
 from elasticrec.cli.tables import show
 from elasticrec.columns import USER
 from elasticrec.data.sequences import open_store
@@ -31,7 +32,7 @@ def recommend(
     user: str | None = None,
     k: int = 10,
 ) -> None:
-    """Shows the best items for a user of a store, or for a history.
+    """Shows the best items for a user of a store, or for a history; of what was had none, unless the bundle says so.
 
     Args:
         bundle: folder, URI, or REGISTRY#NAME@LABEL.
@@ -49,11 +50,12 @@ def recommend(
     given = UserEvents(item_S=catalogue.indices(history))
     if unknown := [item for item in history if item not in catalogue]:
         raise InputError(f"item '{unknown[0]}' is not in the bundle's catalogue of {len(catalogue)} items")
-    blocked = np.unique(np.concatenate([stored.item_S, given.item_S])).astype(np.int64)
-    if len(blocked) == 0:
+    had = np.unique(np.concatenate([stored.item_S, given.item_S])).astype(np.int64)
+    if len(had) == 0:
         raise ConfigError("there is no history to recommend from; give --history ITEM… or --data STORE --user ID")
     newest = stored.then(given, inputs, now_s).pick(slice(-network.config.encoder.max_length, None))
     past = right_align([newest], inputs, now_s)
+    blocked = had if removes_seen(opened) else had[:0]
     answer = Scorer(network).score(
         Question(past=past, blocked_row_N=np.zeros_like(blocked), blocked_item_N=blocked, k=k)
     )

@@ -8,8 +8,9 @@ Networks that are compared answer in turn, one call each a round, so that a slow
 import contextlib
 import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -51,17 +52,21 @@ Latencies = dict[str, dict[int, Latency]]  # by the network's name, then by batc
 
 
 def measure(
-    networks: Mapping[str, Network], history_P: History, config: MeasureConfig
+    networks: Mapping[str, Network], history_P: History, config: MeasureConfig, *, remove_seen: bool = True
 ) -> dict[str, dict[int, Latency]]:
-    """Latency of each network (by its name) at each batch size, from history to the k best unseen items.
+    """Latency of each network (by its name) at each batch size, from history to the k best items.
 
     All by torch: a published bundle's `encoder.onnx`, which shortens a lone answer, is not made for candidates.
+
+    Args:
+        remove_seen: whether items of the history are left out.
     """
     with _quiet(config.threads):
         scorers = {name: Scorer(network) for name, network in networks.items()}
         result: Latencies = {name: {} for name in networks}
         for batch in config.batches:
-            for name, elapsed_s in _time(scorers, history_P, batch, config).items():
+            questions = partial(question, history_P, batch, k=config.k, remove_seen=remove_seen)
+            for name, elapsed_s in _time(scorers, questions, config).items():
                 result[name][batch] = _latency(batch, elapsed_s)
     return result
 
@@ -74,24 +79,25 @@ def resident_bytes(network: Network) -> int:
 
 
 def _time(
-    scorers: Mapping[str, Scorer], history_P: History, batch: int, config: MeasureConfig
+    scorers: Mapping[str, Scorer], questions: Callable[[int], Question], config: MeasureConfig
 ) -> dict[str, list[float]]:
     elapsed_s: dict[str, list[float]] = {name: [] for name in scorers}
     for turn in range(config.warmup_rounds + config.rounds):
-        question = _question(history_P, batch, turn, config.k)
+        asked = questions(turn)
         names = list(scorers)[:: 1 if turn % 2 else -1]  # nobody always goes first
         for name in names:
             started_s = time.perf_counter()
-            scorers[name].score(question)
+            scorers[name].score(asked)
             if turn >= config.warmup_rounds:
                 elapsed_s[name].append(time.perf_counter() - started_s)
     return elapsed_s
 
 
-def _question(history_P: History, batch: int, turn: int, k: int) -> Question:
+def question(history_P: History, batch: int, turn: int, *, k: int, remove_seen: bool) -> Question:
+    """What the users of one turn ask; turns go round the histories."""
     history = history_P.take(np.arange(turn * batch, (turn + 1) * batch) % len(history_P.item_BT))
     item_BT = history.item_BT.numpy()
-    row_N, position_N = np.nonzero(item_BT)
+    row_N, position_N = np.nonzero(item_BT if remove_seen else np.zeros_like(item_BT))
     return Question(
         past=history.past(),
         blocked_row_N=row_N.astype(np.int64),

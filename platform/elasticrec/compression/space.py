@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from elasticrec.artifact.seen import BundleEvaluation
 from elasticrec.compression.linears import Int8Linear
 from elasticrec.compression.measure import MeasureConfig
 from elasticrec.compression.pareto import parse_budget
@@ -12,7 +13,6 @@ from elasticrec.compression.quantize import BFloat16Table, Int4Table, Int8Table
 from elasticrec.compression.recipe import Recipe, label
 from elasticrec.data.split import LeaveOneOut, Split
 from elasticrec.errors import ConfigError
-from elasticrec.evaluation.ranking import EvaluationConfig
 
 WITHOUT_TRAINING: tuple[Recipe, ...] = (
     (),
@@ -90,7 +90,7 @@ class SweepConfig:
     objectives: tuple[str, ...] = ("ndcg@10", "p50_ms", "bytes")
     split: Split = field(default_factory=LeaveOneOut)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: BundleEvaluation = field(default_factory=BundleEvaluation)
     seed: int = 0  # of steps that train or sample
     cpus_per_trial: float = 1.0
     gpus_per_trial: float = 0.0  # steps that train use it; latency is always taken on the CPU

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from elasticrec.artifact.bundle import made_here, open_bundle
+from elasticrec.artifact.bundle import Bundle, made_here, open_bundle
 from elasticrec.artifact.items import check_same_items
 from elasticrec.artifact.location import locate
 from elasticrec.compression.measure import MeasureConfig
@@ -81,18 +81,9 @@ def sweep(
         ConfigError: `out` holds something else, or the budget names what is not measured.
         BundleError, InputError: the bundle or the store cannot be read, or their items differ.
     """
-    job = Job(
-        bundle=locate(bundle).uri,
-        store=str(Path(store).absolute()),
-        out=locate(out).uri,
-        split=config.split,
-        measure=config.measure,
-        evaluation=config.evaluation,
-        seed=config.seed,
-        device="cuda" if config.gpus_per_trial else "cpu",
-        made=made_here(),
-    )
-    check_same_items(open_bundle(job.bundle), open_store(job.store))
+    parent = open_bundle(bundle)
+    job = job_of(config, parent, store, out)
+    check_same_items(parent, open_store(job.store))
     claim(job.folder, _asked(job))
     teacher = _teacher(config, job)
     # A budget on something that is not measured must not wait for the trials.
@@ -106,6 +97,21 @@ def sweep(
     result = _decide(config, job.out, rows, teacher)
     _write(result, config)
     return result
+
+
+def job_of(config: SweepConfig, parent: Bundle, store: str | Path, out: str | Path) -> Job:
+    """What every trial needs to know of the sweep of a teacher."""
+    return Job(
+        bundle=parent.uri,
+        store=str(Path(store).absolute()),
+        out=locate(out).uri,
+        split=config.split,
+        measure=config.measure,
+        evaluation=config.evaluation.of(parent),
+        seed=config.seed,
+        device="cuda" if config.gpus_per_trial else "cpu",
+        made=made_here(),
+    )
 
 
 def _asked(job: Job) -> Row:

@@ -186,7 +186,8 @@ def _sizes(bundle: Bundle) -> dict[str, float]:
 
 def _times(teacher: Network, network: Network, store: Store, cut: SplitData, job: Job) -> dict[str, float]:
     history_P = histories(store.sequences, cut.test, network.config.encoder.max_length)
-    times = measure({"teacher": teacher, "student": network}, history_P, job.measure)
+    networks = {"teacher": teacher, "student": network}
+    times = measure(networks, history_P, job.measure, remove_seen=job.evaluation.remove_seen)
     row: dict[str, float] = {}
     for batch, latency in times["student"].items():
         parent = times["teacher"][batch]

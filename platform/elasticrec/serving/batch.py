@@ -10,12 +10,12 @@ import pyarrow as pa
 
 from elasticrec.artifact.bundle import open_bundle
 from elasticrec.artifact.items import translation
+from elasticrec.artifact.seen import removes_seen
 from elasticrec.columns import ITEM, PAD, USER
 from elasticrec.data.sequences import open_store
 from elasticrec.serving.past import UserEvents, newest_time, right_align
 from elasticrec.serving.question import Question
 from elasticrec.serving.scorer import Scorer
-from elasticrec.serving.setup import removes_seen
 
 BATCH_SCHEMA = pa.schema([(USER, pa.string()), ("rank", pa.int32()), (ITEM, pa.string()), ("score", pa.float32())])
 

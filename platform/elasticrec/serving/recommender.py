@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 
 from elasticrec.artifact.bundle import Bundle
+from elasticrec.artifact.seen import removes_seen
 from elasticrec.config import from_mapping
 from elasticrec.model.head import DotHeadConfig
 from elasticrec.model.network import AnyEncoder, NetworkConfig
@@ -23,7 +24,7 @@ from elasticrec.serving.prior import Prior
 from elasticrec.serving.question import Candidates, Question
 from elasticrec.serving.scorer import Scorer
 from elasticrec.serving.search import TextIndex
-from elasticrec.serving.setup import GatewaySetup, ModelSetup, StagesConfig, find_stage, removes_seen
+from elasticrec.serving.setup import GatewaySetup, ModelSetup, StagesConfig, find_stage
 
 
 class Recommender:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from elasticrec.artifact.bundle import Bundle
 from elasticrec.artifact.encoder_file import EncoderFile
 from elasticrec.errors import ConfigError, suggestion
 from elasticrec.model.network import AnyEncoder, Network
@@ -100,10 +99,3 @@ def check_stages(config: StagesConfig) -> None:
     """Raises ConfigError that names the first import path which is wrong."""
     for stage in STAGES:
         find_stage(config, stage)
-
-
-def removes_seen(bundle: Bundle, told: bool | None) -> bool:
-    """Whether what a user had is never returned: as told, else as the bundle was trained and measured, else true."""
-    if told is not None:
-        return told
-    return bool(bundle.manifest.lineage.get("remove_seen", True))
