@@ -19,14 +19,28 @@ if _SOURCE_ROOT not in sys.path:
 
 def run_job(command: Sequence[str]) -> int:
     """Runs a CLI command with the arguments of this process, at home. Returns the exit status."""
-    from elasticrec.cli.main import run
+    from elasticrec.cli.main import explain, run
 
     arguments = _with_absolute_config(sys.argv[1:])
-    home = Path(os.environ.get("ELASTICREC_HOME", "~/elasticrec")).expanduser()
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home = _go_home()
+    except OSError as error:
+        print(f"error: ELASTICREC_HOME: {explain(error)}", file=sys.stderr)
+        return 2
     print(f"relative paths start at {home} (ELASTICREC_HOME)", flush=True)
-    os.chdir(home)
     return run([*command, *arguments])
+
+
+def _go_home() -> Path:
+    """Makes home and starts relative paths there. Raises OSError when it can be no folder."""
+    told = os.environ.get("ELASTICREC_HOME") or "~/elasticrec"
+    try:
+        home = Path(told).expanduser().absolute()
+    except RuntimeError as error:  # of a user who is not there
+        raise OSError(f"'{told}': {error}") from None
+    home.mkdir(parents=True, exist_ok=True)
+    os.chdir(home)
+    return home
 
 
 def _with_absolute_config(arguments: Sequence[str]) -> list[str]:

@@ -215,7 +215,8 @@ def expressions() -> dict[tuple[str, str], str]:
     return found
 
 
-def test_the_command_ends_in_order_on_ctrl_c(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("told", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_the_command_ends_in_order(tmp_path: Path, told: signal.Signals, status: int) -> None:
     port = free_port()
     words = ["monitor", "--targets", "127.0.0.1:1", "--port", str(port), "--folder", str(tmp_path)]
     child = subprocess.Popen(
@@ -227,9 +228,9 @@ def test_the_command_ends_in_order_on_ctrl_c(tmp_path: Path) -> None:
     assert child.stdout is not None
     assert f"http://127.0.0.1:{port}" in child.stdout.readline()
     assert httpx.get(f"http://127.0.0.1:{port}/api/v1/rules", trust_env=False).json()["data"]["groups"]
-    child.send_signal(signal.SIGINT)
+    child.send_signal(told)
     _, complaints = child.communicate(timeout=30)
-    assert (child.returncode, complaints) == (130, "")
+    assert (child.returncode, complaints) == (status, "")
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}", trust_env=False)
 

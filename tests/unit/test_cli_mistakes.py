@@ -3,7 +3,12 @@
 import json
 import os
 import runpy
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +17,12 @@ import pytest
 
 from elasticrec.artifact.bundle import open_bundle, write_bundle
 from elasticrec.artifact.items import check_same_items, translation
+from elasticrec.cli import connection, serve
 from elasticrec.cli.main import explain, run
 from elasticrec.cli.options import parse
 from elasticrec.compression.space import SweepConfig
 from elasticrec.compression.sweep import sweep
+from elasticrec.data.cluster import require_listening
 from elasticrec.data.prepare import PrepareConfig
 from elasticrec.data.sequences import Sequences, Store, open_store, write_store
 from elasticrec.errors import ConfigError, InputError
@@ -53,6 +60,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     store_of(tmp_path / "newer", list("zfedcb"), "bc", "bzcde", "zz")  # as many items, others, otherwise numbered
     (tmp_path / "log.csv").write_text(LOG)
     (tmp_path / "run.yaml").write_text("ks: [7]\n")
+    (tmp_path / "timed.yaml").write_text("network: {encoder: {time: {}}}\n")
     (tmp_path / "chosen").mkdir()
     (tmp_path / "chosen" / "chosen.json").write_text('{"bundle": ')
     for name, manifest in (("old", {"schema_version": 1}), ("text", {"schema_version": "2"})):
@@ -103,6 +111,119 @@ def test_a_mistake_gives_one_message_and_destroys_nothing(
     assert message in told
     assert told.count("\n") == 1
     assert sorted(path.relative_to(home) for path in home.rglob("*")) == before
+
+
+def _no_cluster(*_given: Any) -> None:
+    raise AssertionError("a cluster was to be started")
+
+
+COMPRESS = ["compress", "bundle", "--data", "store", "--out", "small"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "nope"], "'nope' is not a prepared data set"),
+        (["train", "--data", "store", "--config", "timed.yaml"], "network.encoder.time reads times"),
+        (["compress", "nope", "--data", "store", "--out", "small"], "nope"),
+        (["compress", "bundle", "--data", "newer", "--out", "small"], "item 1 is 'a' in the bundle and 'z' in 'newer'"),
+        ([*COMPRESS, "--budget", "foo"], "foo"),
+        ([*COMPRESS, "--space", "nope.yaml"], "nope.yaml"),
+        (["serve", "run", "bundle", "--keys", "nope.json"], "nope.json"),
+        (["serve", "run", "bundle", "--replicas", "0"], "replicas is '0': Input should be greater than or equal to 1"),
+        (["serve", "run", "bundle", "--events", "foo://x"], "'foo:…'; give redis://, rediss:// (TLS) or unix://"),
+    ],
+)
+def test_a_mistake_is_told_before_a_cluster_starts(
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for module in (connection, serve):
+        monkeypatch.setattr(module, "local_cluster", _no_cluster)
+    monkeypatch.setattr(serve, "require_free", lambda _port: None)
+    before = sorted(home.rglob("*"))
+    assert run(arguments) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert sorted(home.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://127.0.0.1:8265", "the address of Ray's dashboard"),
+        ("127.0.0.1", "no address of a Ray cluster; give HOST:PORT"),
+        ("nonsense", "no address of a Ray cluster; give HOST:PORT"),
+        ("h:port", "no address of a Ray cluster"),
+        ("h:0", "no address of a Ray cluster"),
+        ("[::1", "no address of a Ray cluster"),
+        ("head:6379/x", "no address of a Ray cluster"),
+        ("redis://head:6379", "no address of a Ray cluster"),
+        ("ray://head", "no address of a Ray cluster"),
+        ("127.0.0.1:1", "no Ray cluster answers at '127.0.0.1:1'"),
+        ("a..b:6379", "no Ray cluster answers at 'a..b:6379'"),
+        ("ray://127.0.0.1:1", "no Ray cluster answers at 'ray://127.0.0.1:1'"),
+    ],
+)
+def test_a_wrong_address_of_a_cluster_is_told_at_once(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str, message: str
+) -> None:
+    assert run(["registry", "publish", "bundle", "--name", "n", "--root", "registry"]) == 0
+    capsys.readouterr()
+    prepare = ["data", "prepare", "--interactions", "log.csv", "--out", "prepared", "--user", "user_id"]
+    start_s = time.monotonic()
+    assert run([*prepare, "--engine", "ray", "--address", address]) == 2
+    by_option = capsys.readouterr().err
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert run(["registry", "promote", "--name", "n", "--version", "1", "--root", "registry"]) == 2
+    by_environment = capsys.readouterr().err
+    for told in (by_option, by_environment):
+        assert message in told
+        assert told.count("\n") == 1
+    assert time.monotonic() - start_s < 30
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert run(["registry", "list", "--root", "registry"]) == 0
+    assert "production" not in capsys.readouterr().out
+    assert run(["registry", "promote", "--name", "n", "--version", "1", "--root", "registry"]) == 0  # nobody holds it
+
+
+def test_an_address_at_which_something_listens_is_left_to_ray() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"localhost:{port}", f"ray://127.0.0.1:{port}"):
+            require_listening(address)
+
+
+@pytest.mark.parametrize("refused", ["log.csv", "/proc/x", "~nobody-of-that-name/x"])
+def test_a_home_of_jobs_that_can_be_no_folder_is_told(home: Path, refused: str) -> None:
+    done = job_at(refused, home)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ELASTICREC_HOME: ")
+    assert refused in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("told", "meant"), [("", "home/elasticrec"), ("~/mine", "home/mine"), ("here", "here")])
+def test_the_home_of_jobs_is_an_absolute_folder(home: Path, told: str, meant: str) -> None:
+    done = job_at(told, home)
+    assert done.returncode == 0, done.stderr
+    assert f"relative paths start at {home / meant} (ELASTICREC_HOME)" in done.stdout
+    assert (home / meant).is_dir()
+
+
+def job_at(told: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A job that lists a registry, in this folder, with this ELASTICREC_HOME; the user's home is `home` in it."""
+    code = "import sys; from jobs import run_job; sys.exit(run_job(['registry', 'list']))"
+    places = os.pathsep.join([str(JOBS.parents[1]), str(JOBS.parents[1] / "platform")])
+    env = os.environ | {"ELASTICREC_HOME": told, "HOME": str(folder / "home"), "PYTHONPATH": places}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_only_earlier_answers_are_replaced(home: Path) -> None:

@@ -192,7 +192,7 @@ def test_interrupted_training_goes_on_and_ends_the_same(bench: Workbench, tmp_pa
         what = SMALL.distillation(mask_seen=True)
         network = NetworkConfig(encoder=EncoderConfig(width=8, blocks=1, max_length=LENGTH, dropout=0.1))
         run = lesson_run(SMALL, network, bench, what, tmp_path / folder)
-        run = replace(run, checkpoint=CheckpointConfig(interval_s=0))
+        run = replace(run, checkpoint=CheckpointConfig(interval_s=0, background=False))
         return fit(run, replace(bench, report=report), None, make_loss(what, bench))
 
     whole = train("whole")

@@ -307,6 +307,11 @@ def test_what_cannot_be_watched_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     gone.write_text('[{"labels": {}, "targets": ["127.0.0.1:1"]}]', encoding="utf-8")
     with pytest.raises(MonitorError, match="no node"):
         monitor.find(discovery=gone)
+    with pytest.raises(MonitorError, match=r"no Ray dashboard answers at http://\[::1"):
+        monitor.find(dashboard="http://[::1")
+    for targets in (",", " ", "a:1,", "a:1,,b:2"):
+        with pytest.raises(MonitorError, match="one of them is empty; give HOST:PORT"):
+            monitor.find(targets=targets)
     assert monitor.find(targets="a:1, b:2") == {"static_configs": [{"targets": ["a:1", "b:2"]}]}
     monkeypatch.setenv("PATH", str(tmp_path))
     config = monitor.MonitorConfig(discovery={}, folder=tmp_path)

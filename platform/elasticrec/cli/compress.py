@@ -1,16 +1,22 @@
 """`elasticrec compress`: a bundle in, a folder of smaller ones with a measured choice out."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.progress import Progress
 
+from elasticrec.artifact.bundle import open_bundle
+from elasticrec.artifact.items import check_same_items
 from elasticrec.artifact.registry import resolve_reference
 from elasticrec.cli.connection import connected
 from elasticrec.cli.frontier import REPORT, write_frontier
 from elasticrec.cli.progress import bar
 from elasticrec.cli.tables import compression_table, show
+from elasticrec.compression.space import SweepConfig
+from elasticrec.config import load
+from elasticrec.data.sequences import open_store
 
 
 def compress_bundle(
@@ -29,8 +35,10 @@ def compress_bundle(
         space: YAML with the recipes and how they are measured (default: float32, bf16 and int8 item table).
         budget: what the choice must meet, such as "ndcg@10>=0.99*teacher, p99_ms<=5".
     """
+    uri, config = resolve_reference(bundle), _asked(space, budget)
+    check_same_items(open_bundle(uri), open_store(data))  # told now, not once a cluster has started
     with connected():
-        result = sweep_here(resolve_reference(bundle), data, out, space=space, budget=budget)
+        result = sweep_here(uri, data, out, config)
     show(compression_table(result.rows))
     print(result.choice.why)
     if (out / REPORT).exists():
@@ -39,21 +47,22 @@ def compress_bundle(
         print(f"chosen bundle: {result.chosen['bundle']}")
 
 
-def sweep_here(bundle: str, data: Path, out: Path, *, space: Path | None = None, budget: str | None = None) -> Any:
+def sweep_here(bundle: str, data: Path, out: Path, config: SweepConfig | None = None) -> Any:
     """Runs the sweep on the cluster this process is connected to. Returns a `SweepResult`."""
-    import dataclasses
-
-    from elasticrec.compression.space import SweepConfig
     from elasticrec.compression.sweep import sweep
-    from elasticrec.config import load
 
-    config = load(SweepConfig, space) if space else SweepConfig()
-    config = dataclasses.replace(config, budget=budget) if budget else config
+    config = config or SweepConfig()
     with bar("compressing", total=config.trials + 1) as progress:
         result = sweep(config, bundle, data, out, progress=lambda name, status: _advance(progress, name, status))
     if out.is_dir():  # a sweep may also lie on an object store, where a page is of little use
         write_frontier(out, result.rows, result.teacher, result.choice.why, config.budget)
     return result
+
+
+def _asked(space: Path | None, budget: str | None) -> SweepConfig:
+    """Raises ConfigError when the file does not fit, or the budget cannot be read."""
+    config = load(SweepConfig, space) if space else SweepConfig()
+    return replace(config, budget=budget) if budget else config
 
 
 def _advance(progress: Progress, name: str, status: str) -> None:

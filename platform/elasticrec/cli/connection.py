@@ -12,13 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from elasticrec.cli.local_cluster import LocalClusterConfig, local_cluster
+from elasticrec.data.cluster import connect
 
 SOURCE_ROOT = "platform"  # in a working directory that came with a job; workers start in their copy of it
 
 
 @contextlib.contextmanager
 def connected(train_slots: int = 0, num_cpus: int | None = None) -> Iterator[None]:
-    """Connects this process; `train_slots` and `num_cpus` size a private cluster only."""
+    """Connects this process; `train_slots` and `num_cpus` size a private cluster only.
+
+    Raises:
+        ConfigError: no cluster answers at RAY_ADDRESS.
+        LocalClusterError: the private one does not start.
+    """
     if os.environ.get("RAY_ADDRESS"):
         with driver(os.environ["RAY_ADDRESS"]):
             yield
@@ -47,9 +53,14 @@ def settings(env: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def driver(address: str) -> Iterator[None]:
+    """Connects this process for the block.
+
+    Raises:
+        ConfigError: it is no address of a cluster, or no cluster answers there.
+    """
     import ray
 
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=_runtime_env())
+    connect(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=_runtime_env())
     try:
         yield
     finally:

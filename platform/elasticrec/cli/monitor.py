@@ -4,13 +4,16 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 import httpx
@@ -65,6 +68,7 @@ def monitor(
     found = find(dashboard, discovery, targets)
     config = MonitorConfig(discovery=found, folder=folder.absolute(), port=port, interval_s=interval_s)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_ended_in_order())
         url = stack.enter_context(prometheus(config))
         print(f"Prometheus: {url} (rules: {url}/alerts)", flush=True)
         if (program := shutil.which("grafana-server")) is not None:
@@ -82,10 +86,15 @@ def find(dashboard: str = "", discovery: Path | None = None, targets: str = "") 
     """How Prometheus finds the nodes: as told, else by the dashboard of the environment, else on this machine.
 
     Raises:
-        MonitorError: there is no cluster, or there are several.
+        MonitorError: there is no cluster, there are several, or a target is empty.
     """
     if targets:
-        return {"static_configs": [{"targets": [target.strip() for target in targets.split(",")]}]}
+        named = [target.strip() for target in targets.split(",")]
+        if not all(named):
+            raise MonitorError(
+                f"--targets is '{targets}', and one of them is empty; give HOST:PORT, with commas between"
+            )
+        return {"static_configs": [{"targets": named}]}
     if discovery is not None:
         if not _lives(discovery):
             raise MonitorError(f"no node of '{discovery}' answers; is it of a cluster that still runs?")
@@ -149,7 +158,7 @@ def _by_dashboard(url: str) -> dict[str, Any]:
     place = f"{url}/api/prometheus/sd"
     try:
         answer = get(place, headers=headers)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise MonitorError(f"no Ray dashboard answers at {url}: {error}; start a cluster or give --dashboard") from None
     if answer.is_error:
         raise MonitorError(
@@ -193,6 +202,22 @@ def _listens(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM, and SIGHUP where it is not ignored (nohup), end the block as Ctrl-C does: programs in it end first."""
+    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _exit) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)  # as a shell tells of a signal
 
 
 @contextlib.contextmanager

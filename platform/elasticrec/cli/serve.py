@@ -10,7 +10,7 @@ from elasticrec.artifact.bundle import open_bundle
 from elasticrec.artifact.registry import resolve_reference
 from elasticrec.cli.local_cluster import LocalClusterConfig, local_cluster
 from elasticrec.cli.progress import bar
-from elasticrec.cli.service import ServiceError, answers, deploy, require_free
+from elasticrec.cli.service import ServiceError, answers, deploy, require_free, require_taken
 from elasticrec.data.sequences import open_store
 from elasticrec.serving.auth import Scope, create_key, revoke_key
 from elasticrec.serving.stores import absolute
@@ -48,6 +48,7 @@ def run(
     paths = {"seed": seed, "keys": keys}
     arguments = {name: str(path.absolute()) for name, path in paths.items() if path} | {"events": absolute(events)}
     arguments |= {"bundle": _absolute(bundle), "topology": topology, "replicas": str(replicas)}
+    require_taken(arguments)
     config = LocalClusterConfig(num_cpus=replicas + 1, train_slots=0, haproxy=haproxy, auth="token")
     with local_cluster(config) as cluster:
         with bar("starting the service"):

@@ -2,13 +2,17 @@
 
 import socket
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
+from pydantic import ValidationError
 
 from elasticrec.cli.local_cluster import LocalCluster
 from elasticrec.cli.web import connect, get
-from elasticrec.errors import ElasticRecError
+from elasticrec.errors import ConfigError, ElasticRecError
+from elasticrec.serving.arguments import Args
+from elasticrec.serving.auth import KeyRing
 
 GRAPH = "elasticrec.serving.graph:app"
 NAME = "recommender"
@@ -56,6 +60,18 @@ def require_free(port: int) -> None:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise ServiceError(f"something listens on port {port} already; stop it or give another --port")
+
+
+def require_taken(arguments: Mapping[str, str]) -> None:
+    """Raises ConfigError when the graph does not take these arguments, or the key file that they name has no key."""
+    try:
+        args = Args.model_validate(arguments)
+    except ValidationError as error:
+        wrong = ((".".join(map(str, one["loc"])), one["msg"], one["input"]) for one in error.errors())
+        told = "; ".join(f"{name} is '{value}': {message}" for name, message, value in wrong)
+        raise ConfigError(f"the service does not take this: {told}") from None
+    if args.keys is not None:
+        KeyRing(args.keys)
 
 
 def answers(url: str) -> bool:

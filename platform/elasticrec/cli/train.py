@@ -41,6 +41,7 @@ def write_recipe(data: Annotated[Path, tyro.conf.Positional], out: Path) -> None
 def train(prog: str, arguments: Sequence[str]) -> None:
     """Trains, measures the best epoch and writes RUN/bundle."""
     run = parse(RunConfig, prog, arguments, "Trains with Ray Train on elastic workers.")
+    run.network.encoder.check(open_store(run.data))  # told now, not once a cluster has started
     start_s = time.monotonic()
     with connected(train_slots=run.elastic.max_workers):
         bundle = train_here(run)

@@ -21,6 +21,7 @@ import ray.data
 
 from elasticrec.columns import EVENT
 from elasticrec.data import schema, tables
+from elasticrec.data.cluster import connect
 from elasticrec.data.files import InputFile
 from elasticrec.data.ingest import Core, Encoder, Ingested, require_events
 from elasticrec.data.schema import Checked, ColumnMap
@@ -45,10 +46,11 @@ def ingest_ray(
         address: of the cluster, where Ray is not yet initialised.
 
     Raises:
+        ConfigError: no cluster answers at the address.
         InputError: something is wrong with the input.
     """
     if not ray.is_initialized():
-        ray.init(address=address, log_to_driver=False)
+        connect(address, log_to_driver=False)
     encoder = Encoder(scratch)
     findings: Any = ray.remote(num_cpus=0)(Findings).remote()
     with contextlib.closing(encoder), _ordered():
