@@ -163,7 +163,6 @@ def test_a_mistake_is_told_before_a_cluster_starts(
         ("h:0", "no address of a Ray cluster"),
         ("[::1", "no address of a Ray cluster"),
         ("head:6379/x", "no address of a Ray cluster"),
-        ("redis://head:6379", "no address of a Ray cluster"),
         ("ray://head", "no address of a Ray cluster"),
         ("127.0.0.1:1", "no Ray cluster answers at '127.0.0.1:1'"),
         ("a..b:6379", "no Ray cluster answers at 'a..b:6379'"),
@@ -195,8 +194,9 @@ def test_a_wrong_address_of_a_cluster_is_told_at_once(
 def test_an_address_at_which_something_listens_is_left_to_ray() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        for address in (f"127.0.0.1:{port}", f"localhost:{port}", f"ray://127.0.0.1:{port}"):
+        for address in (f"127.0.0.1:{port}", f"localhost:{port}", f"ray://127.0.0.1:{port}/"):
             require_listening(address)
+    require_listening("anyscale://somewhere")  # a plug-in knows
 
 
 @pytest.mark.parametrize("refused", ["log.csv", "/proc/x", "~nobody-of-that-name/x"])

@@ -30,9 +30,18 @@ def test_a_glob_goes_into_the_folders_it_matches(tmp_path: Path) -> None:
 
 
 def test_a_glob_through_all_folders_gives_each_file_once(tmp_path: Path) -> None:
-    root = folder(tmp_path, "a/b/x.csv", "a/y.csv", "_temporary/z.csv")
+    root = folder(tmp_path, "a/b/x.csv", "a/y.csv", "_temporary/z.csv")  # folders alone, one of them hidden
     assert found(root, [f"{root}/a/**"]) == ["a/b/x.csv", "a/y.csv"]
     assert found(root, [f"{root}/*"]) == ["a/b/x.csv", "a/y.csv"]
+
+
+def test_a_folder_beside_files_is_not_read_unasked(tmp_path: Path) -> None:
+    """A backup of the log would count each event twice; not read without a word, a month may be missing."""
+    root = folder(tmp_path, "a.csv", "old/a.csv")
+    with pytest.raises(InputError, match=r"matches files and folder '.*/old': name what is to be read"):
+        find_files([f"{root}/*"])
+    assert found(root, [f"{root}/*.csv"]) == ["a.csv"]
+    assert found(root, [f"{root}/*.csv", f"{root}/old/*"]) == ["a.csv", "old/a.csv"]
 
 
 @pytest.mark.parametrize("pattern", ["", "/*", "/../*", "/**"])

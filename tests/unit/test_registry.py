@@ -292,10 +292,14 @@ def test_a_label_that_cannot_be_moved_publishes_nothing(
     assert [move.percent for move in registry.history("films", "canary")] == [5]
 
 
-def test_publish_waits_for_no_other_move_of_the_label(registry: Registry, bundle: Bundle) -> None:
+def test_a_label_that_somebody_else_moves_stays_with_them_and_the_version_is_told(
+    registry: Registry, bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rollback must not have to wait until a large bundle is copied, so the label alone is moved in turn."""
     with registry.moving("films", "another"), pytest.raises(RegistryError, match="another move of 'films' goes on"):
         publish(bundle.uri, "films", registry.root.uri, "production")
-    assert registry.versions("films") == ["1", "2", "3"]
+    assert f"{registry.root.uri}#films@4" in capsys.readouterr().out
+    assert registry.labels("films") == {}
 
 
 def test_publish_says_that_no_application_was_told(
@@ -304,9 +308,11 @@ def test_publish_says_that_no_application_was_told(
     root = registry.root.uri
     for name, label in (("films", "production"), ("songs", "staging"), ("songs", None)):
         publish(bundle.uri, name, root, label)
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith(root)] == [
-        f"{root}#films@4 is production; no application was told ('elasticrec registry promote' tells one)",
-        f"{root}#songs@1 is staging; no application was told ('elasticrec registry promote' tells one)",
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith((root, "'"))] == [
+        f"{root}#films@4",
+        "'production' is there; no application was told ('elasticrec registry promote' tells one)",
+        f"{root}#songs@1",
+        "'staging' is there; no application was told ('elasticrec registry promote' tells one)",
         f"{root}#songs@2",
     ]
     assert (registry.labels("films"), registry.labels("songs")) == ({"production": "4"}, {"staging": "1"})

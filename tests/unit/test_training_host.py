@@ -113,6 +113,7 @@ def test_room_is_counted_node_by_node() -> None:
     nodes = [{"CPU": 4.0, "slot": 8.0}, {"CPU": 3.0, "slot": 1.0, "GPU": 2.0}, {"slot": 5.0}]
     assert room_for({"CPU": 1.0, "slot": 1.0}, nodes) == 4 + 1
     assert room_for({"CPU": 1.0, "GPU": 0.5}, nodes) == 3
+    assert [room_for({"GPU": share}, nodes) for share in (0.2, 0.1, 0.05)] == [10, 20, 40]
     assert room_for({"CPU": 1.0, "TPU": 1.0}, nodes) == 0
 
 

@@ -4,7 +4,6 @@ With RAY_ADDRESS set (a job has it) a move of production, canary or shadow reach
 model: its replicas load and check the version first, the label moves when all have, then they answer by it.
 """
 
-import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,16 +42,15 @@ def publish(bundle: Reference, name: str, root: str = DEFAULT_ROOT, label: str |
             share, and have commands of their own.
     """
     registry, source = Registry(root), _chosen_of(bundle)
-    if label is None:
-        print(f"{root}#{name}@{publish_ready(registry, resolve_reference(source), name)}")
-        return
-    _require_answering(label)
-    check_label(label)
-    with _moving_known(registry, name, f"publish --label {label}"):
-        version = publish_ready(registry, resolve_reference(source), name)
-        registry.set_label(name, label, version)
-    told = "no application was told ('elasticrec registry promote' tells one)"
-    print(f"{root}#{name}@{version} is {label}; {told}")
+    if label is not None:
+        _require_answering(label)
+        check_label(label)
+    version = publish_ready(registry, resolve_reference(source), name)
+    print(f"{root}#{name}@{version}")
+    if label is not None:
+        with registry.moving(name, f"publish --label {label}"):
+            registry.set_label(name, label, version)
+        print(f"'{label}' is there; no application was told ('elasticrec registry promote' tells one)")
 
 
 def promote(
@@ -163,11 +161,6 @@ def list_versions(root: str = DEFAULT_ROOT) -> None:
         for version in registry.versions(name):
             marks = sorted(label for label, at in labels.items() if at == version)
             print(f"{name}@{version}" + (f"  {', '.join(marks)}" if marks else ""))
-
-
-def _moving_known(registry: Registry, name: str, what: str) -> contextlib.AbstractContextManager[None]:
-    """Nobody else moves labels of the model meanwhile; one without a version has none to move."""
-    return registry.moving(name, what) if registry.versions(name) else contextlib.nullcontext()
 
 
 def _require_answering(label: str) -> None:

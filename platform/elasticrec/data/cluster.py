@@ -34,13 +34,19 @@ def connect(address: str | None, **options: Any) -> None:
         require_listening(told)
     try:
         ray.init(address=address, **options)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ConfigError(f"Ray does not connect to '{told or 'auto'}': {error}") from None
 
 
 def require_listening(address: str) -> None:
-    """Raises ConfigError when it is no address that Ray takes, or nothing listens there."""
-    host, port = _host_and_port(address)
+    """Raises ConfigError when it is no address that Ray takes, or nothing listens there.
+
+    A scheme of somebody else's (`anyscale://`) is a plug-in of Ray, which alone knows what is behind it.
+    """
+    scheme, _, place = address.rpartition("://")
+    if scheme not in ("", "ray", "http", "https"):
+        return
+    host, port = _host_and_port(address, scheme, place.rstrip("/"))
     try:
         socket.create_connection((host, port), timeout=_CONNECT_S).close()
     except (OSError, UnicodeError) as error:  # of a name that can be no host, the latter
@@ -50,8 +56,7 @@ def require_listening(address: str) -> None:
         ) from None
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
-    scheme, _, place = address.rpartition("://")
+def _host_and_port(address: str, scheme: str, place: str) -> tuple[str, int]:
     if scheme in ("http", "https"):
         raise ConfigError(f"'{address}' is the address of Ray's dashboard; as that of a cluster give {_FORMS}")
     try:
@@ -59,6 +64,6 @@ def _host_and_port(address: str) -> tuple[str, int]:
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port = None, None
-    if scheme not in ("", "ray") or not host or not port or parts.netloc != place or "@" in place:
+    if not host or not port or parts.netloc != place or "@" in place:
         raise ConfigError(f"'{address}' is no address of a Ray cluster; give {_FORMS}")
     return host, port

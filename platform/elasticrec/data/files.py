@@ -66,7 +66,7 @@ def find_files(patterns: Iterable[str | Path], format: FileFormat | None = None)
 
     Raises:
         InputError: nothing is there, or an ending does not tell the format. Within a folder or glob, hidden files,
-            those that begin with _, empty ones and usual companions (README, *.json) are left out.
+            those that begin with _ and usual companions (README, *.json, empty ones of unknown ending) are left out.
     """
     files = [file for pattern in patterns for file in _expand(str(pattern), format)]
     if not files:
@@ -110,15 +110,25 @@ def _is_glob(path: str) -> bool:
 
 
 def _matching(filesystem: Any, path: str, format: FileFormat | None) -> list[Any]:
-    """Files that a glob matches, and those in folders that it matches."""
+    """Files that a glob matches, and those in folders that it matches.
+
+    Raises:
+        InputError: a file of unknown format would be left out, or it is not clear whether a folder's would be.
+    """
     base = path[: min(path.index(letter) for letter in _WILDCARDS if letter in path)].rpartition("/")[0]
     found = _globbed(filesystem, path, base)
     files = [info for info in found if info.type == pafs.FileType.File]
     if format is None:
         files = _data(files, base)
-    for info in found:
-        if info.type == pafs.FileType.Directory and not _is_hidden(info.path, base):
-            files += _data(_inside(filesystem, info.path), base)
+    folders = [info.path for info in found if info.type == pafs.FileType.Directory and not _is_hidden(info.path, base)]
+    plain = [folder for folder in folders if _ending(folder) not in _FORMATS]
+    if files and plain and "**" not in path:
+        raise InputError(
+            f"'{path}' matches files and folder '{plain[0]}': name what is to be read, or '{plain[0]}/*' as well and "
+            "a pattern of files alone"
+        )
+    for folder in folders:
+        files += _data(_inside(filesystem, folder), base)
     return sorted({info.path: info for info in files}.values(), key=lambda info: str(info.path))
 
 

@@ -5,7 +5,9 @@ number, and on the way to an error.
 """
 
 import codecs
-from collections.abc import Iterator, Sequence
+import itertools
+import re
+from collections.abc import Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,8 @@ from elasticrec.data.files import InputFile, TextFormat
 _BLOCK_BYTES = 8 << 20
 _QUOTE = b'"'
 _LINE_ENDS = b"\r\n"
+_FIRST_LINES, _TELLING_LINES = 1_000, 4
+_NUMBER = re.compile(rb'[\s"]*[+-]?\d[-+\d.,:/TZeE ]*"?\s*')  # or a time
 
 
 class Row(NamedTuple):
@@ -25,14 +29,29 @@ class Row(NamedTuple):
     text: bytes
     fields: Sequence[bytes]
 
-    def stray_quote(self, width: int, separator: bytes) -> int | None:
-        """The column (from 0) of a quote that takes in line breaks it should not; `width` columns there are."""
+    def stray_quote(self, width: int, separator: bytes, numbers: Set[int]) -> int | None:
+        """The column (from 0) of a quote that takes in line ends it should not.
+
+        Args:
+            width: columns of the file.
+            numbers: those of them that hold numbers, see `number_columns`.
+        """
         if self.line == self.last_line:
             return None
         long = [place for place, field in enumerate(self.fields) if len(field.splitlines()) > 1 or _end(field) < 0]
-        if len(self.fields) != width or _are_rows(self.text.splitlines(), width, separator):
+        if len(self.fields) != width or self._holds_rows(width, separator, numbers):
             return long[0]
-        return next((place for place in long if _is_stray(self.fields[place], place, width, separator)), None)
+        return next((place for place in long if _end(self.fields[place]) < len(self.fields[place])), None)
+
+    def _holds_rows(self, width: int, separator: bytes, numbers: Set[int]) -> bool:
+        """Whether what follows the first line is rows of their own.
+
+        Text has the separators of a row by chance, and hardly ever numbers in their places. Where no column tells, only
+        many lines do, all of them.
+        """
+        _, *further = [line for line in self.text.splitlines() if line]
+        alike = sum(_is_row(line.split(separator), width, numbers) for line in further)
+        return 2 * alike > len(further) if numbers else len(further) >= _TELLING_LINES and alike == len(further)
 
 
 def value(field: bytes) -> bytes:
@@ -129,15 +148,16 @@ def _closing(text: bytes | bytearray, start: int) -> int:
     return -1
 
 
-def _is_stray(field: bytes, place: int, width: int, separator: bytes) -> bool:
-    """Whether the quotes of a field over several lines are none: they do not match, or what they hold is whole rows."""
-    if _end(field) < len(field):
-        return True
-    first, *between, last = [line for line in field.splitlines() if line]
-    is_row = first.count(separator) == width - 1 - place and last.count(separator) == place
-    return is_row and _are_rows(between, width, separator)
+def number_columns(file: InputFile, format: TextFormat, width: int) -> Set[int]:
+    """Which columns (from 0) hold numbers or times in most of the first lines; quoted line ends do not count."""
+    split = (line.rstrip(_LINE_ENDS).split(format.separator.encode()) for _, line in lines(file))
+    first = list(itertools.islice((fields for fields in split if len(fields) == width), _FIRST_LINES))
+    return {place for place in range(width) if 2 * sum(map(_is_number, (f[place] for f in first))) > len(first)}
 
 
-def _are_rows(lines: Sequence[bytes], width: int, separator: bytes) -> bool:
-    """Whether each of them, blank ones aside, has the separators of a row."""
-    return all(line.count(separator) == width - 1 for line in lines if line)
+def _is_row(fields: Sequence[bytes], width: int, numbers: Set[int]) -> bool:
+    return len(fields) == width and all(_is_number(fields[place]) for place in numbers)
+
+
+def _is_number(field: bytes) -> bool:
+    return _NUMBER.fullmatch(field) is not None

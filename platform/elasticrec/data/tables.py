@@ -1,7 +1,7 @@
 """One input file and the wanted columns in; an arrow table that can say where in the file a row stands out."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from elasticrec.data.files import InputFile, ParquetFormat, TextFormat
-from elasticrec.data.rows import CountedLines, Row, rows, value
+from elasticrec.data.rows import CountedLines, Row, number_columns, rows, value
 from elasticrec.errors import InputError, suggestion
 
 _BLOCK_BYTES = 8 << 20
@@ -135,10 +135,10 @@ def _require_all_rows(file: InputFile, format: TextFormat, header: list[str], li
     header_rows = 0 if format.header else 1
     if lines == rows_read + header_rows:
         return
-    rows_there = -header_rows
+    rows_there, numbers = -header_rows, number_columns(file, format, len(header))
     for row in rows(file, format):
         rows_there += 1
-        if (error := _stray_quote(file, format, header, row, rows_there)) is not None:
+        if (error := _stray_quote(file, format, header, numbers, row, rows_there)) is not None:
             raise error
     if rows_there != rows_read:
         raise InputError(f"'{file.shown}' has {rows_there} rows, of which {rows_read} were read; write it as parquet")
@@ -208,14 +208,14 @@ def _line_of(file: InputFile, row: int) -> int:
 
 def _explained(file: InputFile, format: TextFormat, header: list[str], problem: str) -> InputError:
     """Finds the line that arrow could not read; runs only on the way to an error."""
-    number = 0 if format.header else -1
+    number, numbers = 0 if format.header else -1, number_columns(file, format, len(header))
     for row in rows(file, format):
         number += 1
         try:
             text = row.text.decode(format.encoding)
         except UnicodeDecodeError as error:
             return _not_utf8(file, row.line, row.text, error)
-        if (stray := _stray_quote(file, format, header, row, number)) is not None:
+        if (stray := _stray_quote(file, format, header, numbers, row, number)) is not None:
             return stray
         if len(row.fields) != len(header):
             return InputError(
@@ -227,14 +227,17 @@ def _explained(file: InputFile, format: TextFormat, header: list[str], problem: 
     return InputError(f"'{file.shown}' cannot be read as separated text; write it as parquet: {problem}")
 
 
-def _stray_quote(file: InputFile, format: TextFormat, header: list[str], row: Row, number: int) -> InputError | None:
-    column = row.stray_quote(len(header), format.separator.encode())
+def _stray_quote(
+    file: InputFile, format: TextFormat, header: list[str], numbers: Set[int], row: Row, number: int
+) -> InputError | None:
+    column = row.stray_quote(len(header), format.separator.encode(), numbers)
     if column is None:
         return None
     name = f"column '{header[column]}'" if column < len(header) else f"column number {column + 1}"
     return InputError(
         f"'{file.shown}', row {number} (line {row.line}), {name}: a quote opens here and takes in all up to line "
-        f"{row.last_line}; close it, or take quotes that mean nothing out of the file, for example with: tr -d '\"'"
+        f"{row.last_line}; close it, or take it out if it means nothing; if these lines are one text, write the file "
+        "as parquet"
     )
 
 

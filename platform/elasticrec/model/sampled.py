@@ -152,10 +152,8 @@ class Own(NamedTuple):
     @classmethod
     def of(cls, batch: Batch, place_I: Tensor, log_expected_K: Tensor) -> "Own":
         target_BT = batch.target_BT.long()
-        equal_BTT = target_BT[:, :, None] == target_BT[:, None, :]
-        is_first_BT = ~equal_BTT.tril(diagonal=-1).any(dim=2)
         row_M = batch.seen().place_M // target_BT.shape[1]
-        return cls(place_I, log_expected_K, target_BT, equal_BTT.sum(dim=2) * is_first_BT, row_M)
+        return cls(place_I, log_expected_K, target_BT, _counts_of_firsts(target_BT), row_M)
 
     def shifts(self, pick: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Row among the tokens of `pick`, column among the negatives, and what is added to that logit; pairs once.
@@ -167,6 +165,15 @@ class Own(NamedTuple):
         row_h, column_h = ((place_mT >= 0) & (count_mT > 0)).nonzero(as_tuple=True)
         place_h, count_h = place_mT[row_h, column_h], count_mT[row_h, column_h]
         return row_h, place_h, -F.softplus(count_h.log() - self.log_expected_K[place_h])
+
+
+def _counts_of_firsts(item_BT: Tensor) -> Tensor:
+    """At the first of equal items of a row how many there are, at the others 0."""
+    sorted_BT, order_BT = item_BT.sort(dim=1, stable=True)
+    begins_BT = F.pad(sorted_BT[:, 1:] != sorted_BT[:, :-1], (1, 0), value=True)
+    run_BT = begins_BT.cumsum(dim=1) - 1
+    length_BT = torch.zeros_like(item_BT).scatter_add_(1, run_BT, torch.ones_like(item_BT)).gather(1, run_BT)
+    return torch.zeros_like(item_BT).scatter_(1, order_BT, length_BT * begins_BT)
 
 
 def _places(item_K: Tensor, n_rows: int) -> Tensor:

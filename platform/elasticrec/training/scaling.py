@@ -21,6 +21,7 @@ from elasticrec.training.run import RunConfig
 
 ANSWER_S = 1.0  # for a raylet to accept a connection
 SAVE_S = 30.0  # for a checkpoint before a group grows
+_PARTS = 10_000  # of a resource
 WARM_UP_S = 6.0  # from the start of a spare process until it has imported everything, on a busy core
 
 
@@ -152,5 +153,6 @@ class PromptTrainer(TorchTrainer):  # type: ignore[misc]
 
 
 def room_for(wanted: Mapping[str, float], offers: Iterable[Mapping[str, float]]) -> int:
-    """How many workers of such resources the nodes have room for, by what each offers."""
-    return sum(int(min(offer.get(name, 0) // amount for name, amount in wanted.items())) for offer in offers)
+    """How many workers of such resources the nodes have room for, by what each offers; in parts as Ray counts them."""
+    parts = {name: max(1, round(amount * _PARTS)) for name, amount in wanted.items()}
+    return sum(min(round(offer.get(name, 0) * _PARTS) // amount for name, amount in parts.items()) for offer in offers)
