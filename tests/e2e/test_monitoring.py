@@ -215,16 +215,28 @@ def expressions() -> dict[tuple[str, str], str]:
     return found
 
 
+@contextmanager
+def heeded(told: signal.Signals) -> Iterator[None]:
+    """A program that is started meanwhile does not ignore the signal, though these tests may (`nohup`)."""
+    before = signal.getsignal(told)
+    signal.signal(told, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(told, before)
+
+
 @pytest.mark.parametrize(("told", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_command_ends_in_order(tmp_path: Path, told: signal.Signals, status: int) -> None:
     port = free_port()
     words = ["monitor", "--targets", "127.0.0.1:1", "--port", str(port), "--folder", str(tmp_path)]
-    child = subprocess.Popen(
-        [sys.executable, "-u", "-m", "elasticrec.cli", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with heeded(told):
+        child = subprocess.Popen(
+            [sys.executable, "-u", "-m", "elasticrec.cli", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     assert child.stdout is not None
     assert f"http://127.0.0.1:{port}" in child.stdout.readline()
     assert httpx.get(f"http://127.0.0.1:{port}/api/v1/rules", trust_env=False).json()["data"]["groups"]
