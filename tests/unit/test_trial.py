@@ -1,26 +1,33 @@
-"""A trial's bundle says how it was measured, its row what it takes."""
+"""A trial's bundle says how it was measured, its row what it takes; two that make the same do not meet."""
 
 import json
+import signal
+import threading
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from ray.tune.tune import _setup_signal_catching
 
 from elasticrec.artifact.answers import answers_of
-from elasticrec.artifact.bundle import open_bundle, write_bundle
+from elasticrec.artifact.bundle import open_bundle, verify_bundle, write_bundle
 from elasticrec.artifact.seen import removes_seen
 from elasticrec.cli.main import run
+from elasticrec.compression import tuner
 from elasticrec.compression.distil import Distil
 from elasticrec.compression.linears import Int8Linear
 from elasticrec.compression.measure import MeasureConfig
 from elasticrec.compression.quantize import Int8Table
 from elasticrec.compression.recipe import Recipe
 from elasticrec.compression.record import Row, claim, folder_name, write_teacher
-from elasticrec.compression.space import SweepConfig
+from elasticrec.compression.space import Axis, Optuna, SweepConfig
 from elasticrec.compression.sweep import job_of
 from elasticrec.compression.trial import Job, run_trial, teacher_metrics
 from elasticrec.config import from_mapping, to_mapping
@@ -65,7 +72,7 @@ def job(shop: Path, lineage: dict[str, Any], space: dict[str, Any], *, measured:
     return found
 
 
-def of_trial(recipe: Recipe, asked: Job) -> tuple[Network, dict[str, Any]]:
+def of_trial(recipe: Recipe, asked: Job) -> tuple[Network, Mapping[str, Any]]:
     bundle = open_bundle(run_trial(recipe, asked)["bundle"])
     return bundle.network(), bundle.manifest.lineage
 
@@ -132,3 +139,62 @@ def test_what_is_unpacked_once_counts_as_memory(shop: Path, with_table: bool) ->
     floats = sum(4 * numbers.numel() for numbers in (*layers, *tables))
     assert layers
     assert unpacked["resident_bytes"] - packed["resident_bytes"] == floats
+
+
+def test_a_recipe_asked_for_twice_at_once_is_made_once(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optuna may propose what another trial has not finished."""
+    asked, recipe, began = job(shop, {}, {}), (Distil(width=8, epochs=1),), []
+
+    def slow(*args: Any) -> Row:
+        began.append(threading.get_ident())
+        time.sleep(1)
+        return run_trial(*args)
+
+    monkeypatch.setattr(tuner, "run_trial", slow)
+    rows: list[Row] = []
+    threads = [threading.Thread(target=lambda: rows.append(tuner.done_once(recipe, asked, print))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert len(began) == 1
+    assert [row["status"] for row in rows] == ["done"] * 3
+    assert rows[0] == rows[1] == rows[2]
+    verify_bundle(rows[0]["bundle"])
+
+
+def test_a_trial_that_fails_keeps_nobody_waiting(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = job(shop, {}, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "run_trial", None)
+        with pytest.raises(TypeError):
+            tuner.done_once((), asked, print)
+    assert tuner.done_once((), asked, print)["status"] == "done"
+
+
+@pytest.mark.parametrize("order", [("done", "failed"), ("failed", "done")])
+def test_a_finished_trial_is_not_replaced_by_a_failed_one(
+    shop: Path, order: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = {
+        "done": SimpleNamespace(config={"table": 0}, metrics={"recipe": "float32", "status": "done", "bundle": "b"}),
+        "failed": SimpleNamespace(config={"table": 0}, metrics={}, error=OSError("no such folder")),
+    }
+    results["done"].error = None
+    monkeypatch.setattr(tuner, "_fit", lambda *_: [results[name] for name in order])
+    config = SweepConfig(axes=(Axis(name="table", choices=((), (Int8Table(),))),), search=Optuna(trials=2))
+    rows = tuner.run_trials(config, job(shop, {}, {}, measured=False), lambda *_: None)
+    assert rows == [{"recipe": "float32", "status": "done", "bundle": "b"}]
+
+
+def test_ctrl_c_is_not_taken_for_the_end_of_a_sweep() -> None:
+    on_interrupt, on_user_signal = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGUSR1)
+    try:
+        with tuner.quiet_tune():
+            _setup_signal_catching()  # what Tune does as it begins
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is on_interrupt
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGUSR1, on_user_signal)
