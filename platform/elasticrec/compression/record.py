@@ -4,6 +4,7 @@ OUT/sweep.json          what rows depend on; another sweep is refused
 OUT/teacher.json, .npz  the teacher's metrics, and its rank for every case
 OUT/<trial>/            the bundle of a trial
 OUT/<trial>.json        its row, written last
+OUT/.<trial>.lock       held while it is made
 """
 
 import contextlib
@@ -12,11 +13,14 @@ import io
 import json
 import os
 import re
+import time
+from collections.abc import Iterator
 from typing import Any, Final, cast
 
 import numpy as np
 
 from elasticrec.artifact.bundle import verify_bundle
+from elasticrec.artifact.claim import ClaimedError, claimed
 from elasticrec.artifact.location import Location, locate
 from elasticrec.compression.recipe import Recipe, label
 from elasticrec.errors import BundleError, ConfigError
@@ -25,6 +29,7 @@ from elasticrec.evaluation.metrics import Int64
 SWEEP: Final = "sweep.json"
 TEACHER, TEACHER_RANKS = "teacher.json", "teacher.npz"
 _LONGEST_NAME = 100  # characters; file systems end at 255 bytes
+_ASK_AGAIN_S: Final = 0.2
 
 Row = dict[str, Any]
 Ranks = dict[str, Int64]  # test and validation
@@ -58,6 +63,23 @@ def claim(out: Location, asked: Row) -> None:
                 f"'{out}' holds a sweep with another '{key}' ({before.get(key)}, now {value}); give this one a folder "
                 "of its own, or ask the same to go on"
             )
+
+
+@contextlib.contextmanager
+def alone(out: Location, recipe: Recipe) -> Iterator[None]:
+    """Waits until no other trial makes the bundle of the recipe, then keeps others waiting; on a local disk only."""
+    with contextlib.ExitStack() as held:
+        while not _entered(held, out, recipe):
+            time.sleep(_ASK_AGAIN_S)
+        yield
+
+
+def _entered(held: contextlib.ExitStack, out: Location, recipe: Recipe) -> bool:
+    try:
+        held.enter_context(claimed(out / f".{folder_name(recipe)}.lock", label(recipe)))
+    except ClaimedError:
+        return False
+    return True
 
 
 def finished_row(out: Location, recipe: Recipe) -> Row | None:

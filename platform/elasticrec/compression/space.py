@@ -11,7 +11,7 @@ from elasticrec.compression.measure import MeasureConfig
 from elasticrec.compression.pareto import parse_budget
 from elasticrec.compression.quantize import BFloat16Table, Int4Table, Int8Table
 from elasticrec.compression.recipe import Recipe, label
-from elasticrec.data.split import LeaveOneOut, Split
+from elasticrec.data.split import Split
 from elasticrec.errors import ConfigError
 
 WITHOUT_TRAINING: tuple[Recipe, ...] = (
@@ -88,7 +88,7 @@ class SweepConfig:
     asha: Asha | None = None
     budget: str = "ndcg@10>=0.99*teacher"
     objectives: tuple[str, ...] = ("ndcg@10", "p50_ms", "bytes")
-    split: Split = field(default_factory=LeaveOneOut)
+    split: Split | None = None  # none: as the teacher was trained, else leave-one-out
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     evaluation: BundleEvaluation = field(default_factory=BundleEvaluation)
     seed: int = 0  # of steps that train or sample

@@ -31,8 +31,9 @@ from elasticrec.compression.record import Row, claim, read_teacher, write_json, 
 from elasticrec.compression.space import SweepConfig
 from elasticrec.compression.trial import VALIDATION, Job, batch_suffix, teacher_metrics
 from elasticrec.compression.tuner import Progress, run_trials
-from elasticrec.config import to_mapping
+from elasticrec.config import from_mapping, to_mapping
 from elasticrec.data.sequences import open_store
+from elasticrec.data.split import LeaveOneOut, Split
 from elasticrec.errors import ConfigError, suggestion
 
 TRIALS: Final = "trials.parquet"
@@ -78,7 +79,8 @@ def sweep(
         progress: called with a recipe's name and "done", "failed" or "stopped" as its trial ends; first "teacher".
 
     Raises:
-        ConfigError: `out` holds something else, or the budget names what is not measured.
+        ConfigError: `out` holds something else, the budget names what is not measured, or the teacher's split is not
+            known here.
         BundleError, InputError: the bundle or the store cannot be read, or their items differ.
     """
     parent = open_bundle(bundle)
@@ -100,18 +102,35 @@ def sweep(
 
 
 def job_of(config: SweepConfig, parent: Bundle, store: str | Path, out: str | Path) -> Job:
-    """What every trial needs to know of the sweep of a teacher."""
+    """What every trial needs to know of the sweep of a teacher.
+
+    Raises:
+        ConfigError: nothing is told of the split, and the teacher's is not known here.
+    """
     return Job(
         bundle=parent.uri,
         store=str(Path(store).absolute()),
         out=locate(out).uri,
-        split=config.split,
+        split=config.split or _split_of(parent),
         measure=config.measure,
         evaluation=config.evaluation.of(parent),
         seed=config.seed,
         device="cuda" if config.gpus_per_trial else "cpu",
         made=made_here(),
     )
+
+
+def _split_of(teacher: Bundle) -> Split:
+    """By which it was trained and measured, so that nothing it has learned is asked for; else leave-one-out."""
+    known = teacher.manifest.lineage.get("split")
+    if not isinstance(known, Mapping):
+        return LeaveOneOut()
+    try:
+        return from_mapping(SweepConfig, {"split": known}).split or LeaveOneOut()
+    except ConfigError as error:
+        raise ConfigError(
+            f"'{teacher.uri}' was trained on a split that is not known here ({error}); give 'split' in the space"
+        ) from None
 
 
 def _asked(job: Job) -> Row:

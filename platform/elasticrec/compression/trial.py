@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import torch
+import numpy as np
 
+from elasticrec.artifact.answers import answers_of
 from elasticrec.artifact.bundle import Bundle, open_bundle, write_bundle
 from elasticrec.artifact.location import Location, locate
 from elasticrec.compression.measure import Latency, MeasureConfig, measure, resident_bytes
@@ -26,7 +27,6 @@ from elasticrec.evaluation.ranking import EvaluationConfig, histories, rank, sum
 from elasticrec.model.network import Network
 
 VALIDATION: Final = "validation_"  # prefix of validation metrics; test metrics have none
-_OF_SERVING: Final = ("answers", "remove_seen")  # what it goes by in a lineage
 
 Report = Callable[[Mapping[str, float]], None]
 
@@ -70,19 +70,20 @@ def run_trial(recipe: Recipe, job: Job, report: Report = lambda _: None) -> Row:
         recipe=described(recipe),
         metrics=metrics,
         content=parent.content(),
-        lineage=_lineage(parent, store, job),
+        lineage=_lineage(network, parent, store, cut, job),
     )
     # What was written is measured, as serving will load it.
-    row = metrics | _sizes(bundle) | _times(parent.network(), bundle.network(), store, cut, job)
+    row = metrics | _sizes(bundle, store, cut) | _times(parent.network(), bundle.network(), store, cut, job)
     return _checked(row) | {"bundle": bundle.uri}
 
 
-def _lineage(parent: Bundle, store: Store, job: Job) -> dict[str, Any]:
-    """Of the sweep. What serving goes by stays in its place; what else is known of the parent is under `before`."""
-    before = dict(parent.manifest.lineage)
-    kept = {name: before.pop(name) for name in _OF_SERVING if name in before}
+def _lineage(network: Network, parent: Bundle, store: Store, cut: SplitData, job: Job) -> dict[str, Any]:
+    """Of the sweep, and of how this network was measured; what the parent's said is under `before`."""
+    remove_seen = job.evaluation.remove_seen
+    answers = answers_of(network, parent.items(), store.sequences, cut.test, remove_seen=remove_seen)
     here = {"parent": parent.uri, "dataset": store.fingerprint, "seed": job.seed, "split": to_mapping(job.split)}
-    return kept | dict(job.made) | here | {"before": before}
+    of_serving = {"remove_seen": remove_seen, "answers": answers.plain()}
+    return dict(job.made) | here | of_serving | {"before": dict(parent.manifest.lineage)}
 
 
 def _compressed(recipe: Recipe, parent: Bundle, store: Store, job: Job, report: Report) -> Network:
@@ -142,7 +143,7 @@ def teacher_metrics(job: Job) -> tuple[dict[str, float], Ranks]:
     cut = split(job.split, store.sequences)
     times = _times(parent.network(), parent.network(), store, cut, job)
     metrics, ranks = quality(parent.network(), store, cut, job)
-    return _checked(metrics | _sizes(parent) | times), ranks
+    return _checked(metrics | _sizes(parent, store, cut) | times), ranks
 
 
 def quality(network: Network, store: Store, cut: SplitData, job: Job) -> tuple[dict[str, float], Ranks]:
@@ -173,10 +174,10 @@ def _checked(row: dict[str, float]) -> Row:
     return dict(row)
 
 
-def _sizes(bundle: Bundle) -> dict[str, float]:
+def _sizes(bundle: Bundle, store: Store, cut: SplitData) -> dict[str, float]:
     network = bundle.network()
-    with torch.inference_mode():  # one answer, so that what an item table keeps beside its rows is counted
-        network.head(torch.ones(1, network.config.encoder.width), network.encoder.items)
+    # One answer, so that what table and layers keep beside their numbers is counted.
+    network.scores(histories(store.sequences, cut.test.take(np.zeros(1, np.int64)), network.config.encoder.max_length))
     return {
         "bytes": bundle.bytes,
         "weights_bytes": bundle.weights_bytes,

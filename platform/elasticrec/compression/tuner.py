@@ -23,10 +23,10 @@ from ray.tune.search.optuna import OptunaSearch
 
 from elasticrec.compression.pareto import direction
 from elasticrec.compression.recipe import Recipe, label
-from elasticrec.compression.record import Row, finished_row, forget, write_row
+from elasticrec.compression.record import Row, alone, finished_row, forget, write_row
 from elasticrec.compression.space import Axis, Optuna, SweepConfig
 from elasticrec.compression.train import watched_metric
-from elasticrec.compression.trial import VALIDATION, Job, leave_scratch, run_trial
+from elasticrec.compression.trial import VALIDATION, Job, Report, leave_scratch, run_trial
 
 Progress = Callable[[str, str], None]  # a recipe's name, and "done", "failed" or "stopped"
 
@@ -77,7 +77,8 @@ def _searched(config: SweepConfig, search: Optuna, job: Job, progress: Progress,
     rows: dict[str, Row] = {}
     for result in _fit(config, job, progress, space, chosen):
         name = label(_recipe(result.config, config.axes)) if result.config else "unknown"
-        rows[name] = _row(name, result)
+        if rows.get(name, {}).get("status") != "done":
+            rows[name] = _row(name, result)
     return [row for name, row in rows.items() if name not in known]
 
 
@@ -116,7 +117,7 @@ def _scheduled(config: SweepConfig) -> dict[str, Any]:
 
 def _fit(config: SweepConfig, job: Job, progress: Progress, space: dict[str, Any], chosen: dict[str, Any]) -> Any:
     resources = {"cpu": config.cpus_per_trial} | ({"gpu": config.gpus_per_trial} if config.gpus_per_trial else {})
-    with tempfile.TemporaryDirectory(prefix="elasticrec-tune-") as elsewhere, _quiet_tune():
+    with tempfile.TemporaryDirectory(prefix="elasticrec-tune-") as elsewhere, quiet_tune():
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(_trial, job=job, axes=config.axes, told=config.asha is not None), resources
@@ -135,15 +136,25 @@ def _fit(config: SweepConfig, job: Job, progress: Progress, space: dict[str, Any
 
 
 def _trial(space: dict[str, Any], job: Job, axes: tuple[Axis, ...], told: bool) -> None:
-    recipe, watched = _recipe(space, axes), watched_metric(job.evaluation)
-    row = finished_row(job.folder, recipe)
-    if row is None:
-        forget(job.folder, recipe)
-        measured = run_trial(recipe, job, partial(_tell, watched) if told else _nobody_asks)
-        row = {"recipe": label(recipe), "status": "done", "reason": None} | measured
-        write_row(job.folder, recipe, row)
-        leave_scratch(job.folder, recipe)
+    watched = watched_metric(job.evaluation)
+    row = done_once(_recipe(space, axes), job, partial(_tell, watched) if told else _nobody_asks)
     tune.report(row | {_EPOCH: _LAST_EPOCH, _QUALITY: row[_measured_name(watched)]} if told else row)
+
+
+def done_once(recipe: Recipe, job: Job, report: Report) -> Row:
+    """The row of a trial, made unless it is there: a search may ask for what another trial is about to finish.
+
+    Raises:
+        ElasticRecError: as `run_trial`.
+    """
+    with alone(job.folder, recipe):
+        row = finished_row(job.folder, recipe)
+        if row is None:
+            forget(job.folder, recipe)
+            row = {"recipe": label(recipe), "status": "done", "reason": None} | run_trial(recipe, job, report)
+            write_row(job.folder, recipe, row)
+            leave_scratch(job.folder, recipe)
+        return row
 
 
 def _tell(watched: str, metrics: Mapping[str, float]) -> None:
@@ -175,9 +186,13 @@ class _Progress(tune.Callback):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _quiet_tune() -> Iterator[None]:
-    """No banner, tables and traces: the caller shows progress, rows say why a trial failed, OUT/tune has the rest."""
+def quiet_tune() -> Iterator[None]:
+    """No banner, tables and traces: the caller shows progress, rows say why a trial failed, OUT/tune has the rest.
+
+    Ctrl-C raises KeyboardInterrupt, as elsewhere.
+    """
     wanted = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
+    wanted |= {"TUNE_DISABLE_SIGINT_HANDLER": "1"}  # Tune would end as if all trials had been made
     wanted |= {"TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}  # epochs of training have not measured all objectives yet
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)

@@ -1,27 +1,19 @@
 """A finished run in, its best network measured and written as a bundle out."""
 
 from collections.abc import Callable
-from typing import Final
 
-import numpy as np
-
+from elasticrec.artifact.answers import answers_of
 from elasticrec.artifact.bundle import Bundle, open_bundle, write_bundle
 from elasticrec.artifact.manifest import MANIFEST
-from elasticrec.columns import COUNT
 from elasticrec.config import to_mapping
-from elasticrec.data.sequences import Int64, Store, open_store
+from elasticrec.data.sequences import Store, open_store
 from elasticrec.data.split import split
 from elasticrec.errors import TrainingError
 from elasticrec.evaluation.quality import measure
-from elasticrec.evaluation.ranking import EvaluationConfig, rank
 from elasticrec.model.network import Network
-from elasticrec.monitoring.drift import BEST, Reference, reference
 from elasticrec.training.checkpoint import read_tensors, section
 from elasticrec.training.driver import Trained
 from elasticrec.training.loop import dataset_of
-from elasticrec.training.run import RunConfig
-
-_CASES: Final = 2_000  # test cases whose answers are kept as a distribution
 
 
 def best_network(trained: Trained, n_items: int) -> Network:
@@ -44,6 +36,7 @@ def write_outcome(trained: Trained, command: str, advance: Callable[[int], None]
     _check_store(trained, store)
     network = best_network(trained, store.n_items)
     length = run.network.encoder.max_length
+    test, remove_seen = split(run.split, store.sequences).test, run.evaluation.remove_seen
     quality = measure(network, store, run.split, run.evaluation, max_length=length, advance=advance)
     return write_bundle(
         folder,
@@ -59,8 +52,8 @@ def write_outcome(trained: Trained, command: str, advance: Callable[[int], None]
             "steps": trained.position.step,
             "seed": run.plan.seed,
             "split": to_mapping(run.split),
-            "remove_seen": run.evaluation.remove_seen,  # what serving does then
-            "answers": _answers(network, store, run).plain(),  # what serving is compared with
+            "remove_seen": remove_seen,  # what serving does then
+            "answers": answers_of(network, store.items(), store.sequences, test, remove_seen=remove_seen).plain(),
         },
     )
 
@@ -73,18 +66,3 @@ def _check_store(trained: Trained, store: Store) -> None:
             f"that one back and give the same command, or train on the new one under another name "
             f"('{trained.run.folder}' is kept)"
         )
-
-
-def _answers(network: Network, store: Store, run: RunConfig) -> Reference:
-    """What the network answers to test cases, as a service would: its best items and their scores."""
-    cases = split(run.split, store.sequences).test
-    spread = np.linspace(0, len(cases) - 1, min(len(cases), _CASES)).astype(np.int64)
-    config = EvaluationConfig(ks=(BEST,), remove_seen=run.evaluation.remove_seen)
-    length = run.network.encoder.max_length
-    ranking = rank(network, store.sequences, cases.take(spread), config, max_length=length)
-    return reference(ranking.top_CK, ranking.score_CK, _counts(store))
-
-
-def _counts(store: Store) -> Int64:
-    """Events of each item as the bundle's catalogue has them, 0 for the padding."""
-    return np.array([0, *store.items().column(COUNT).to_pylist()], dtype=np.int64)
