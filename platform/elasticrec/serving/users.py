@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from elasticrec.serving.api.limits import MAX_ID_CHARACTERS
 from elasticrec.serving.catalogue import Catalogue
 from elasticrec.serving.events import EventStore
+from elasticrec.serving.whole_ids import take_whole_ids
 
 MAX_SHOWN: Final = 1_000
 T = TypeVar("T")
@@ -42,6 +43,7 @@ class ErasureResponse(BaseModel):
 
 def users(catalogue: Callable[[], Catalogue], events: EventStore, thread: Executor) -> APIRouter:
     """`catalogue`: that of the version in production at the moment. `thread`: where events are written, in order."""
+    take_whole_ids()
     router = APIRouter(prefix="/v1")
 
     async def run(function: Callable[[], T]) -> T:
