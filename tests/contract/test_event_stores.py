@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from elasticrec.data.sequences import Sequences, write_store
 from elasticrec.errors import InputError
 from elasticrec.serving import redis_events
 from elasticrec.serving.events import (
+    ErasurePendingError,
     EventStore,
     EventStoreError,
     SeedConfig,
@@ -391,6 +393,30 @@ def test_an_erased_user_is_not_in_the_bytes_of_the_database(tmp_path: Path) -> N
     store.append([event("somebody in particular", "a")] * 10)
     store.erase("somebody in particular")
     assert all(b"in particular" not in file.read_bytes() for file in tmp_path.iterdir())
+    store.close()
+
+
+def test_an_erasure_tells_that_the_log_outlives_it_and_lets_others_write(tmp_path: Path) -> None:
+    path = tmp_path / "events.sqlite"
+    store = SqliteEventStore(SqliteConfig(path=path))
+    other = SqliteEventStore(SqliteConfig(path=path, busy_timeout_s=0.5))
+    store.append([event("somebody in particular", "a")] * 10)
+    with contextlib.closing(sqlite3.connect(path)) as backup, ThreadPoolExecutor(1) as thread:
+        backup.execute("BEGIN")
+        backup.execute("SELECT count(*) FROM events").fetchone()
+        erasure = thread.submit(store.erase, "somebody in particular")
+        written = 0
+        while not erasure.done():
+            other.append([event("bob", "b")])
+            store.append([event("bob", "c")])
+            written += 2
+        with pytest.raises(ErasurePendingError, match="erase the user again when that has ended"):
+            erasure.result()
+    assert store.count("somebody in particular") == 0
+    assert store.count("bob") == written > 2
+    assert store.erase("somebody in particular") == 0
+    assert all(b"in particular" not in file.read_bytes() for file in tmp_path.iterdir())
+    other.close()
     store.close()
 
 

@@ -1,8 +1,10 @@
 """The HTTP API on the app itself, without a cluster: every answer, every problem, and that no input breaks it."""
 
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -166,6 +168,19 @@ def test_every_user_whose_events_are_kept_can_be_read_and_erased(app: FastAPI, u
     assert call(app, "DELETE", path).json() == {"erased": 1}
     assert call(app, "GET", path).json() == {"user_id": user_id, "events": [], "total": 0}
     assert call(app, "DELETE", "/v1/users/n").json() == {"erased": 1}  # not before
+
+
+def test_an_erasure_that_the_log_outlives_is_told(app: FastAPI, service: Service) -> None:
+    assert isinstance(service.events, SqliteEventStore)
+    event = {"user_id": "in particular", "item_id": "i1"}
+    assert call(app, "POST", "/v1/events", json={"events": [event]}).status_code == 200
+    with closing(sqlite3.connect(service.events.config.path)) as backup:
+        backup.execute("BEGIN")
+        backup.execute("SELECT count(*) FROM events").fetchone()
+        problem = assert_problem(call(app, "DELETE", "/v1/users/in%20particular"), 503, "unavailable")
+        assert "repeat the call" in problem["detail"]
+        assert call(app, "GET", "/v1/users/in%20particular").json()["total"] == 0
+    assert call(app, "DELETE", "/v1/users/in%20particular").json() == {"erased": 0}
 
 
 def test_an_item_is_described(app: FastAPI) -> None:
