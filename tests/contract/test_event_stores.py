@@ -8,7 +8,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ import redis
 
 from elasticrec.data.sequences import Sequences, write_store
 from elasticrec.errors import InputError
+from elasticrec.serving import redis_events
 from elasticrec.serving.events import (
+    ErasurePendingError,
     EventStore,
     EventStoreError,
     SeedConfig,
@@ -392,6 +396,30 @@ def test_an_erased_user_is_not_in_the_bytes_of_the_database(tmp_path: Path) -> N
     store.close()
 
 
+def test_an_erasure_tells_that_the_log_outlives_it_and_lets_others_write(tmp_path: Path) -> None:
+    path = tmp_path / "events.sqlite"
+    store = SqliteEventStore(SqliteConfig(path=path))
+    other = SqliteEventStore(SqliteConfig(path=path, busy_timeout_s=0.5))
+    store.append([event("somebody in particular", "a")] * 10)
+    with contextlib.closing(sqlite3.connect(path)) as backup, ThreadPoolExecutor(1) as thread:
+        backup.execute("BEGIN")
+        backup.execute("SELECT count(*) FROM events").fetchone()
+        erasure = thread.submit(store.erase, "somebody in particular")
+        written = 0
+        while not erasure.done():
+            other.append([event("bob", "b")])
+            store.append([event("bob", "c")])
+            written += 2
+        with pytest.raises(ErasurePendingError, match="erase the user again when that has ended"):
+            erasure.result()
+    assert store.count("somebody in particular") == 0
+    assert store.count("bob") == written > 2
+    assert store.erase("somebody in particular") == 0
+    assert all(b"in particular" not in file.read_bytes() for file in tmp_path.iterdir())
+    other.close()
+    store.close()
+
+
 def test_a_database_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
     path = tmp_path / "events.sqlite"
     with contextlib.closing(sqlite3.connect(path)) as older:
@@ -462,6 +490,106 @@ def test_who_is_erased_while_a_data_set_is_loaded_stays_away(server: RedisServer
         assert "loading" not in client.hgetall("elasticrec:seed")
     store.close()
     other.close()
+
+
+def seeded_users(url: str) -> list[str]:
+    """Of all generations."""
+    with redis.Redis.from_url(url, decode_responses=True) as client:
+        return sorted(key.rpartition(":")[2] for key in client.keys("elasticrec:seed:*:*"))
+
+
+def die_in_a_seed(url: str) -> None:
+    code = """
+    def events():
+        yield from [StoredEvent(user_id="ann", item_id="a", timestamp=1)] * 2_000
+        yield StoredEvent(user_id="ann", item_id="a", timestamp=1)
+        print("half of it is there", flush=True)
+        sys.stdin.read()
+    store.seed(str(id(store)), events())
+    """
+    loading = child(url, code)
+    assert loading.stdout is not None
+    loading.stdout.readline()
+    loading.kill()
+    loading.communicate(timeout=20)
+    with redis.Redis.from_url(url) as client:
+        client.delete("elasticrec:seeding")  # it ends after a minute
+
+
+def test_an_erasure_reaches_what_loads_left_that_were_killed(server: RedisServer) -> None:
+    store = open_events(server.fresh())
+    store.seed("monday", [event("ann", "a"), event("bob", "a")])
+    for _ in range(2):
+        die_in_a_seed(server.url)
+    assert seeded_users(server.url).count("ann") >= 2
+    store.erase("ann")
+    assert seeded_users(server.url) == ["bob"]
+    store.close()
+
+
+def test_a_seed_removes_what_killed_ones_left(server: RedisServer) -> None:
+    store = open_events(server.fresh())
+    store.seed("monday", [event("bob", "a")])
+    for fingerprint, users in (("monday", ["bob"]), ("tuesday", ["eve"])):
+        for _ in range(2):
+            die_in_a_seed(server.url)
+        store.seed(fingerprint, [event("eve", "a")])
+        assert seeded_users(server.url) == users
+    store.close()
+
+
+def test_an_erasure_reaches_a_data_set_whose_removal_failed(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*args: Any, **options: Any) -> Any:
+        raise redis.ConnectionError("gone")
+
+    store, other = open_events(server.fresh()), open_events(server.url)
+    assert isinstance(store, RedisEventStore)
+    store.seed("monday", [event("ann", "a"), event("bob", "a")])
+    monkeypatch.setattr(store._server, "scan_iter", gone)
+    with pytest.raises(EventStoreError, match="gone"):
+        store.seed("tuesday", [event("ann", "b"), event("eve", "b")])
+    other.erase("ann")
+    assert seeded_users(server.url) == ["bob", "eve"]
+    assert other.seed("tuesday", []) == 0
+    assert seeded_users(server.url) == ["eve"]
+    store.close()
+    other.close()
+
+
+def test_a_load_that_was_taken_for_dead_does_not_count(server: RedisServer) -> None:
+    store, other = open_events(server.fresh()), open_events(server.url)
+
+    def paused() -> Iterator[StoredEvent]:
+        yield from (event("ann", "a") for _ in range(2_000))
+        with redis.Redis.from_url(server.url) as client:
+            client.delete("elasticrec:seeding")
+        other.seed("tuesday", [event("eve", "b")])
+        yield event("ann", "b")
+
+    with pytest.raises(EventStoreError, match="took this load of a data set"):
+        store.seed("monday", paused())
+    assert seeded_users(server.url) == ["eve"]
+    assert store.history("eve", 10) == ["b"]
+    store.close()
+    other.close()
+
+
+def test_a_load_keeps_its_lock_however_long_its_data_set_takes(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_events, "_SEED_LOCK_S", 1)
+    store = open_events(server.fresh())
+
+    def slow() -> Iterator[StoredEvent]:
+        time.sleep(1.5)
+        with redis.Redis.from_url(server.url) as client:
+            assert client.exists("elasticrec:seeding")
+        yield event("ann", "a")
+
+    assert store.seed("monday", slow()) == 1
+    store.close()
 
 
 def test_a_password_of_the_environment_opens_both_stores(monkeypatch: pytest.MonkeyPatch) -> None:

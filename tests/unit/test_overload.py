@@ -448,6 +448,43 @@ def test_each_key_has_its_own_rate(events: SqliteEventStore, tmp_path: Path) -> 
     asyncio.run(scenario())
 
 
+def test_what_a_key_may_not_counts_for_its_rate_and_fills_no_audit(events: SqliteEventStore, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        key = create_key(tmp_path / "keys.json", "shop", ("read",))
+        protection = Protection(rate=Rate(RateConfig(limit="3/minute")), audit=Audit(tmp_path / "audit.jsonl"))
+        app = create_app(service(Model(), events), KeyRing(tmp_path / "keys.json"), protection)
+        async with client(app, **{"x-api-key": key}) as http:
+            statuses = [(await http.get("/v1/guessed")).status_code for _ in range(6)]
+            assert statuses == [403, 403, 403, 429, 429, 429]
+            assert (await http.get("/v1/items/a")).status_code == 429
+        lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+        assert [line["status"] for line in lines] == [403, 403, 403]
+
+    asyncio.run(scenario())
+
+
+def test_an_audit_that_waits_for_its_disk_holds_no_other_thread_up(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        disk, written = threading.Event(), []
+
+        class Slow(Audit):
+            def write(self, *line: Any) -> None:
+                assert disk.wait(20)
+                written.append(line)
+
+        audit = Slow(tmp_path / "audit.jsonl")
+        waiting = [asyncio.create_task(audit.keep("ops", "GET", "/v1/x", 403, str(n))) for n in range(64)]
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: 5), 10) == 5
+        waiting[-1].cancel()
+        await asyncio.sleep(0)
+        disk.set()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await audit.keep("ops", "GET", "/v1/x", 403, "last")
+        assert [line[4] for line in written] == [*map(str, range(64)), "last"]  # also of who did not wait
+
+    asyncio.run(scenario())
+
+
 def test_a_rate_in_redis_counts_for_all_replicas_and_its_outage_stops_nobody() -> None:
     async def scenario() -> None:
         with redis_server() as server:

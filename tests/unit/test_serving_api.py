@@ -1,10 +1,13 @@
 """The HTTP API on the app itself, without a cluster: every answer, every problem, and that no input breaks it."""
 
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import anyio
 import httpx
@@ -154,6 +157,30 @@ def test_a_user_sees_what_is_kept_and_can_have_it_erased(app: FastAPI) -> None:
     for query in ("limit=0", "limit=1001", "limit=x"):
         assert_problem(call(app, "GET", f"/v1/users/ann?{query}"), 422, "invalid-request")
     assert_problem(call(app, "GET", f"/v1/users/{'x' * 257}"), 422, "invalid-request")
+
+
+@pytest.mark.parametrize("user_id", ["n\n", "n\nb", "\n", "n\r\n", "n/\n", "n\u2028", "%0A", "n?#"])
+def test_every_user_whose_events_are_kept_can_be_read_and_erased(app: FastAPI, user_id: str) -> None:
+    given = [{"user_id": name, "item_id": "i1"} for name in ("n", user_id)]
+    assert call(app, "POST", "/v1/events", json={"events": given}).status_code == 200
+    path = "/v1/users/" + quote(user_id, safe="")
+    assert call(app, "GET", path).json()["total"] == 1
+    assert call(app, "DELETE", path).json() == {"erased": 1}
+    assert call(app, "GET", path).json() == {"user_id": user_id, "events": [], "total": 0}
+    assert call(app, "DELETE", "/v1/users/n").json() == {"erased": 1}  # not before
+
+
+def test_an_erasure_that_the_log_outlives_is_told(app: FastAPI, service: Service) -> None:
+    assert isinstance(service.events, SqliteEventStore)
+    event = {"user_id": "in particular", "item_id": "i1"}
+    assert call(app, "POST", "/v1/events", json={"events": [event]}).status_code == 200
+    with closing(sqlite3.connect(service.events.config.path)) as backup:
+        backup.execute("BEGIN")
+        backup.execute("SELECT count(*) FROM events").fetchone()
+        problem = assert_problem(call(app, "DELETE", "/v1/users/in%20particular"), 503, "unavailable")
+        assert "repeat the call" in problem["detail"]
+        assert call(app, "GET", "/v1/users/in%20particular").json()["total"] == 0
+    assert call(app, "DELETE", "/v1/users/in%20particular").json() == {"erased": 0}
 
 
 def test_an_item_is_described(app: FastAPI) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import anyio
 import httpx
@@ -305,6 +306,18 @@ def test_an_item_has_a_tag_until_it_changes(app: FastAPI) -> None:
     assert second.status_code == 200
     assert second.json()["title"] == "New title"
     assert second.json()["attributes"] == {}
+
+
+@pytest.mark.parametrize("escaped", ["i7%0A", "i7%0Ab", "%0A", "i7%2Fsimilar%0A"])
+def test_an_item_whose_id_has_line_feeds_is_no_other_one(app: FastAPI, escaped: str) -> None:
+    path = f"/v1/items/{escaped}"
+    assert call(app, "GET", path).status_code == 404
+    assert call(app, "PUT", path, json={"title": "Another"}).status_code == 201
+    assert call(app, "GET", path).json()["item_id"] == unquote(escaped)
+    assert call(app, "GET", f"{path}/similar").json()["item_id"] == unquote(escaped)
+    assert call(app, "DELETE", path).status_code == 204
+    assert call(app, "GET", path).status_code == 404
+    assert call(app, "GET", "/v1/items/i7").json()["title"] != "Another"
 
 
 def test_a_withdrawn_item_is_nowhere(app: FastAPI) -> None:

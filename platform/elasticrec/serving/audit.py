@@ -5,9 +5,11 @@
 A user's id is written as its hash: the line proves that an erasure happened, to whoever knows the id.
 """
 
+import asyncio
 import json
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -27,6 +29,7 @@ class Audit:
 
     def __init__(self, path: Path | None) -> None:
         """Raises ConfigError when the file cannot be written."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="audit")  # the loop's own have other work than to wait
         self._descriptor: int | None = None
         if path is not None:
             try:
@@ -36,6 +39,11 @@ class Audit:
                 raise ConfigError(
                     f"audit log '{path}' cannot be written: {error.strerror}; give another path"
                 ) from None
+
+    async def keep(self, who: str, method: str, path: str, status: int, request_id: str) -> None:
+        """`write` in a thread; the line is written even when nobody waits for it any more."""
+        line = (who, method, path, status, request_id)
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, self.write, *line))
 
     def write(self, who: str, method: str, path: str, status: int, request_id: str) -> None:
         """One line, on disk when this returns, so not for an event loop; O_APPEND keeps lines of processes whole."""

@@ -19,6 +19,10 @@ SCHEMA_VERSION: Final = 3
 _OLDER_VERSION: Final = 2  # taken over where it lies
 _PENDING_PAGES: Final = 1_000  # WAL pages (4 KiB) before SQLite moves them into the database
 
+_EMPTYING_S: Final = 1.0  # an erasure tries to empty the log for so long; callers wait for two seconds by default
+_TRY_S: Final = 0.05  # one try, which holds writers up
+_PAUSE_S: Final = 0.05  # in which they write
+
 _SEED, _LIVE = 0, 1  # sources, in the order in which histories give them
 
 _SCHEMA: Final = (
@@ -43,6 +47,10 @@ _FROM_2: Final = ("ALTER TABLE events ADD COLUMN event_id TEXT", *_SINCE_3)
 
 class EventStoreError(ElasticRecError, RuntimeError):
     """Events cannot be kept or read."""
+
+
+class ErasurePendingError(EventStoreError):
+    """A user's events are removed, and are still in the log of the store: to erase the user again empties it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +124,11 @@ class EventStore(Protocol):
         ...
 
     def erase(self, user_id: str) -> int:
-        """Removes all events of a user, and keeps those of every data set that is seeded later away; number removed."""
+        """Removes all events of a user, and keeps those of every data set that is seeded later away; number removed.
+
+        Raises:
+            ErasurePendingError: that is done, but bytes of the events are left until the user is erased once more.
+        """
         ...
 
     def seed(self, fingerprint: str, events: Iterable[StoredEvent]) -> int:
@@ -145,8 +157,8 @@ class SqliteEventStore:
         self.config = config
         with self._telling():
             config.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = self._connect()
-            self._reader = self._connect()
+            self._writer = self._connect(config.busy_timeout_s)
+            self._reader = self._connect(config.busy_timeout_s)
             try:
                 self._prepare()
             except BaseException:
@@ -213,11 +225,11 @@ class SqliteEventStore:
         return int(revision)
 
     def erase(self, user_id: str) -> int:
-        with self._write_lock, self._telling():
-            with self._transaction():
-                erased = self._writer.execute("DELETE FROM events WHERE user_id = ?", (user_id,)).rowcount
-                self._writer.execute("INSERT OR IGNORE INTO erased VALUES (?)", (user_hash(user_id),))
-            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log would hold the rows for some time yet
+        with self._write_lock, self._telling(), self._transaction():
+            erased = self._writer.execute("DELETE FROM events WHERE user_id = ?", (user_id,)).rowcount
+            self._writer.execute("INSERT OR IGNORE INTO erased VALUES (?)", (user_hash(user_id),))
+        with self._telling():
+            self._empty_log()  # it would hold the rows for some time yet
         return erased
 
     def seed(self, fingerprint: str, events: Iterable[StoredEvent]) -> int:
@@ -237,10 +249,27 @@ class SqliteEventStore:
         self._reader.close()
         self._writer.close()
 
-    def _connect(self) -> sqlite3.Connection:
+    def _empty_log(self) -> None:
+        """On a connection of its own, in short tries between which others write: a checkpoint that waits for whoever
+        reads what was there before lets nobody write, in no process. SQLite tells of a failed one in a row.
+
+        Raises:
+            ErasurePendingError: somebody, a backup perhaps, reads for longer.
+        """
+        deadline_s = time.monotonic() + _EMPTYING_S
+        with contextlib.closing(self._connect(_TRY_S)) as connection:
+            while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                if time.monotonic() > deadline_s:
+                    raise ErasurePendingError(
+                        f"the events are removed, but another process has read '{self.config.path}' for longer than "
+                        f"{_EMPTYING_S:g} s and its log still holds them; erase the user again when that has ended"
+                    )
+                time.sleep(_PAUSE_S)
+
+    def _connect(self, busy_timeout_s: float) -> sqlite3.Connection:
         connection = sqlite3.connect(
             self.config.path,
-            timeout=self.config.busy_timeout_s,
+            timeout=busy_timeout_s,
             isolation_level=None,  # transactions are begun here, not by the module
             check_same_thread=False,  # each connection has its lock
         )

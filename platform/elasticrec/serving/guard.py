@@ -1,6 +1,6 @@
 """Raw HTTP requests in; only those that may, in time and not too many at once, reach the app; every answer is marked.
 
-In this order: request id, key and scope (401, 403), rate of the key (429), repeated parameters (422), room (429),
+In this order: request id, key (401), its rate (429) and scope (403), repeated parameters (422), room (429),
 deadline, size of body (413). Room is asked for at the door already, where the key, its scope and its rate allow.
 """
 
@@ -156,9 +156,10 @@ class Guard:
                 await self._pass_on(scope, receive, marked, path)
                 return
             key = self._find_key(headers)
-            who = NOBODY if key is None else key.name
+            name = NOBODY if key is None else key.name
+            await self._require_rate(name)
+            who = name  # beyond its rate it must not fill the audit
             _require_scope(key, scope["method"], path)
-            await self._require_rate(who)
             if scope["query_string"]:
                 require_once(scope["query_string"])
             await self._in_time(scope, receive, marked, headers, path)
@@ -181,8 +182,7 @@ class Guard:
             took_ms = 1e3 * (time.perf_counter() - started_s)
             self._watch.request(_route(scope, path), marked.status or _CLIENT_GONE, took_ms)
             if who is not None and scope_of(scope["method"], path) == "admin":
-                line = (who, scope["method"], path, marked.status, marked.request_id)
-                await asyncio.to_thread(self._protection.audit.write, *line)  # it waits for the disk
+                await self._protection.audit.keep(who, scope["method"], path, marked.status, marked.request_id)
 
     async def _require_rate(self, who: str) -> None:
         if self._protection.rate is None:

@@ -19,6 +19,7 @@ from elasticrec.serving.history import Request
 from elasticrec.serving.items import ItemStore, StoredItem
 from elasticrec.serving.service import Ask, Service
 from elasticrec.serving.timings import timings
+from elasticrec.serving.whole_ids import take_whole_ids
 
 ItemId = Annotated[str, Path(description="an item id, percent-encoded where it has other characters")]
 KnownTag = Annotated[str | None, Header(alias="if-none-match", description="ETag of the answer that the client has")]
@@ -32,6 +33,7 @@ _SAME: dict[int | str, dict[str, Any]] = {304: {"description": "As in the answer
 
 def add_items(router: APIRouter, service: Service, ask: Ask) -> None:
     """`GET /items/{id}/similar`, and `GET`, `PUT` and `DELETE /items/{id}`."""
+    take_whole_ids()
 
     @router.get(
         "/items/{item_id:path}/similar",

@@ -4,6 +4,7 @@
     P:seed:GEN:USER      list of the data set's events; GEN names one loading of one data set
     P:ids:USER           set of event ids that the user's live events had
     P:seed               hash: fingerprint, generation, events of the data set that counts; generation that is loading
+    P:seed:stale         set of generations to be removed: events lie under no generation that is not named
     P:erased             set of hashes of users whose seeded events stay away
 
 Acknowledged means durable: the server must run with `appendonly yes` and `appendfsync always`, which is asked when the
@@ -13,6 +14,7 @@ store is opened; or the URL names `?wait_replicas=N`, and an append counts when 
 import contextlib
 import json
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -75,15 +77,41 @@ if generation then
   erased = erased + redis.call('LLEN', seeded)
   redis.call('DEL', seeded)
 end
-local loading = redis.call('HGET', KEYS[3], 'loading')
-if loading then redis.call('DEL', ARGV[2] .. loading .. ':' .. ARGV[3]) end
+local others = redis.call('SMEMBERS', KEYS[5])
+others[#others + 1] = redis.call('HGET', KEYS[3], 'loading') or nil
+for _, other in ipairs(others) do redis.call('DEL', ARGV[2] .. other .. ':' .. ARGV[3]) end
 redis.call('SREM', KEYS[4], ARGV[1])
 redis.call('SADD', KEYS[4], ARGV[1])
 return erased
 """
+# KEYS events of a user, erased, seed; ARGV hash, event, generation. Nothing once the load was taken for broken off.
 _SEED_ONE: Final = """
+if redis.call('HGET', KEYS[3], 'loading') ~= ARGV[3] then return 0 end
 if redis.call('SISMEMBER', KEYS[2], ARGV[1]) == 1 then return 0 end
 redis.call('RPUSH', KEYS[1], ARGV[2])
+return 1
+"""
+# KEYS seed, stale; ARGV a generation. It loads from here on, and whatever did before is broken off.
+_BEGIN: Final = """
+local before = redis.call('HGET', KEYS[1], 'loading')
+if before and before ~= ARGV[1] then redis.call('SADD', KEYS[2], before) end
+return redis.call('HSET', KEYS[1], 'loading', ARGV[1])
+"""
+# KEYS seed, stale; ARGV a generation. It loads no longer, if it did.
+_BREAK_OFF: Final = """
+if redis.call('HGET', KEYS[1], 'loading') ~= ARGV[1] then return 0 end
+redis.call('SADD', KEYS[2], ARGV[1])
+return redis.call('HDEL', KEYS[1], 'loading')
+"""
+# KEYS seed, stale; ARGV generation, fingerprint, events. Whether it counts from here on.
+_TAKE: Final = """
+local before = redis.call('HGET', KEYS[1], 'generation')
+if before ~= ARGV[1] then
+  if redis.call('HGET', KEYS[1], 'loading') ~= ARGV[1] then return 0 end
+  if before then redis.call('SADD', KEYS[2], before) end
+  redis.call('HDEL', KEYS[1], 'loading')
+end
+redis.call('HSET', KEYS[1], 'generation', ARGV[1], 'fingerprint', ARGV[2], 'events', ARGV[3])
 return 1
 """
 
@@ -152,6 +180,9 @@ class RedisEventStore:
             self._read = self._server.register_script(_READ)
             self._erase = self._server.register_script(_ERASE)
             self._seed_one = self._server.register_script(_SEED_ONE)
+            self._begin = self._server.register_script(_BEGIN)
+            self._break_off = self._server.register_script(_BREAK_OFF)
+            self._take = self._server.register_script(_TAKE)
             self._require_durable()
 
     def append(self, events: Sequence[StoredEvent]) -> None:
@@ -211,29 +242,34 @@ class RedisEventStore:
 
     def erase(self, user_id: str) -> int:
         keys = [self._key("live", user_id), self._key("ids", user_id), self._key("seed"), self._key("erased")]
+        keys.append(self._key("seed", "stale"))
         with self._telling():
             arguments = [user_hash(user_id), self._key("seed", ""), user_id]
             return int(self._acknowledged(self._erase, keys, arguments))
 
     def seed(self, fingerprint: str, events: Iterable[StoredEvent]) -> int:
         with self._telling(), self._seeding():
-            loaded = self._server.hgetall(self._key("seed"))
+            loaded, keys = self._server.hgetall(self._key("seed")), [self._key("seed"), self._key("seed", "stale")]
+            if "loading" in loaded:  # whoever loaded it has died
+                self._break_off(keys=keys, args=[loaded["loading"]])
+            self._remove_stale()
             if loaded.get("fingerprint") == fingerprint:
                 return 0
             generation = uuid.uuid4().hex
-            self._server.hset(self._key("seed"), "loading", generation)  # erasures reach it from here on
+            self._begin(keys=keys, args=[generation])  # erasures reach it from here on
             try:
                 count = self._load(generation, events)
+                if not self._acknowledged(self._take, keys, [generation, fingerprint, str(count)]):
+                    raise EventStoreError(
+                        f"another process took this load of a data set into '{self.config.shown}' for dead, since it "
+                        f"was not heard of for {_SEED_LOCK_S} s; load it again"
+                    )
             except BaseException:
-                self._remove(generation)
+                with contextlib.suppress(redis.RedisError, OSError):  # the next load does it otherwise
+                    self._break_off(keys=keys, args=[generation])
+                    self._remove_stale()
                 raise
-            seed = {"fingerprint": fingerprint, "generation": generation, "events": count}
-            pipeline = self._server.pipeline(transaction=False)
-            pipeline.hset(self._key("seed"), mapping=seed)  # from here on it counts
-            pipeline.hdel(self._key("seed"), "loading")
-            self._execute(pipeline)
-            if "generation" in loaded:
-                self._remove(loaded["generation"])
+            self._remove_stale()
         return count
 
     def close(self) -> None:
@@ -244,28 +280,42 @@ class RedisEventStore:
         count = 0
         pipeline = self._server.pipeline(transaction=False)
         for place, event in enumerate(events, start=1):
-            keys = [self._key("seed", generation, event.user_id), self._key("erased")]
-            self._seed_one(keys=keys, args=[user_hash(event.user_id), _json(event)], client=pipeline)
+            keys = [self._key("seed", generation, event.user_id), self._key("erased"), self._key("seed")]
+            self._seed_one(keys=keys, args=[user_hash(event.user_id), _json(event), generation], client=pipeline)
             if place % _LOADED_EVENTS == 0:
                 count += sum(pipeline.execute())
-                self._server.expire(self._key("seeding"), _SEED_LOCK_S)
         return count + int(sum(pipeline.execute()))
 
-    def _remove(self, generation: str) -> None:
-        for key in self._server.scan_iter(_escaped(self._key("seed", generation, "")) + "*", count=1_000):
-            self._server.unlink(key)
+    def _remove_stale(self) -> None:
+        """A generation stays named, and so within reach of erasures, until nothing of it is left."""
+        for generation in self._server.smembers(self._key("seed", "stale")):
+            pattern = _escaped(self._key("seed", generation, "")) + "*"
+            for key in self._server.scan_iter(pattern, count=_SCANNED_KEYS):
+                self._server.unlink(key)
+            self._server.srem(self._key("seed", "stale"), generation)
 
     @contextlib.contextmanager
     def _seeding(self) -> Iterator[None]:
         """One process loads, the others wait here; the lock of one that died ends by itself."""
-        key, token = self._key("seeding"), uuid.uuid4().hex
+        key, token, ended = self._key("seeding"), uuid.uuid4().hex, threading.Event()
         while not self._server.set(key, token, nx=True, ex=_SEED_LOCK_S):
             time.sleep(0.05)
+        holding = threading.Thread(target=self._hold, args=(key, token, ended), daemon=True)
+        holding.start()
         try:
             yield
         finally:
+            ended.set()
+            holding.join()
             if self._server.get(key) == token:
                 self._server.delete(key)
+
+    def _hold(self, key: str, token: str, ended: threading.Event) -> None:
+        """However long a data set takes to be read."""
+        while not ended.wait(_SEED_LOCK_S / 6):
+            with contextlib.suppress(redis.RedisError, OSError):
+                if self._server.get(key) == token:
+                    self._server.expire(key, _SEED_LOCK_S)
 
     def _both(self, user_id: str, limit: int) -> tuple[list[str], list[str]]:
         """Seeded and live events, at most `limit` of each; all for 0."""

@@ -2,17 +2,20 @@
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Annotated, Final, TypeVar
 
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field
 
 from elasticrec.serving.api.limits import MAX_ID_CHARACTERS
+from elasticrec.serving.api.problems import UnavailableError
 from elasticrec.serving.catalogue import Catalogue
-from elasticrec.serving.events import EventStore
+from elasticrec.serving.events import ErasurePendingError, EventStore
+from elasticrec.serving.whole_ids import take_whole_ids
 
 MAX_SHOWN: Final = 1_000
+_PENDING: Final = "the user's events are removed, but the store's log may still hold them; repeat the call"
 T = TypeVar("T")
 UserId = Annotated[str, Path(min_length=1, max_length=MAX_ID_CHARACTERS)]
 
@@ -41,15 +44,18 @@ class ErasureResponse(BaseModel):
 
 
 def users(catalogue: Callable[[], Catalogue], events: EventStore, thread: Executor) -> APIRouter:
-    """`catalogue`: that of the version in production at the moment. `thread`: where events are written, in order."""
+    """`catalogue`: that of the version in production at the moment. `thread`: where events are written, in order;
+    erasures have one of their own, since they may have to wait and events must not."""
+    take_whole_ids()
     router = APIRouter(prefix="/v1")
+    erasures = ThreadPoolExecutor(1, thread_name_prefix="erasures")
 
-    async def run(function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(thread, function)
+    async def run(where: Executor, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(where, function)
 
     @router.get("/users/{user_id:path}", summary="What a user did")
     async def history(user_id: UserId, limit: Annotated[int, Query(ge=1, le=MAX_SHOWN)] = 100) -> UserResponse:
-        newest, total = await run(lambda: (events.newest(user_id, limit), events.count(user_id)))
+        newest, total = await run(thread, lambda: (events.newest(user_id, limit), events.count(user_id)))
         find = catalogue().find
         shown = [
             UserEvent(
@@ -64,6 +70,9 @@ def users(catalogue: Callable[[], Catalogue], events: EventStore, thread: Execut
 
     @router.delete("/users/{user_id:path}", summary="Erase all events of a user, for good")
     async def erase(user_id: UserId) -> ErasureResponse:
-        return ErasureResponse(erased=await run(lambda: events.erase(user_id)))
+        try:
+            return ErasureResponse(erased=await run(erasures, lambda: events.erase(user_id)))
+        except ErasurePendingError as error:
+            raise UnavailableError(_PENDING) from error
 
     return router
