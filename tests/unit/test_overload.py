@@ -128,6 +128,38 @@ def test_a_model_that_is_down_is_left_alone_and_taken_up_again(events: SqliteEve
     asyncio.run(scenario())
 
 
+class Paged(Model):
+    """Every answer has another page after it."""
+
+    def _answer(self, source: Any) -> Recommendation:
+        return replace(super()._answer(source), more=True)
+
+
+def test_pages_of_the_model_and_of_what_is_popular_are_not_mixed(events: SqliteEventStore) -> None:
+    async def scenario() -> None:
+        model = Paged()
+        model.gate.set()
+        app = create_app(service(model, events, circuit=CircuitConfig(failures=100)), None)
+
+        async def ask(cursor: str | None) -> httpx.Response:
+            return await http.post("/v1/recommend", json=ASK | ({"cursor": cursor} if cursor else {}))
+
+        async with client(app) as http:
+            by_model = (await ask(None)).json()["next_cursor"]
+            model.error = UnavailableError("down")
+            answer = await ask(by_model)
+            assert answer.status_code == 409
+            assert answer.json()["type"].endswith("/other-cursor")
+            assert "ask without one to start over" in answer.json()["detail"]
+            degraded = (await ask(None)).json()["next_cursor"]
+            assert (await ask(degraded)).json()["degraded"] is True
+            model.error = None
+            assert (await ask(degraded)).status_code == 409
+            assert (await ask(by_model)).json()["source"] == "model"
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(("had_s", "state"), [(0.05, "closed"), (0.5, "open")])
 def test_a_model_is_late_only_when_it_had_its_time(had_s: float, state: str) -> None:
     async def scenario() -> None:
