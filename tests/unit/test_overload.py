@@ -259,6 +259,40 @@ def test_so_many_users_of_a_batch_request_go_through_the_model_together(events: 
     assert together == [users[:3], users[3:6], users[6:]]
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (UnavailableError("the model does not answer; try again"), 503, "unavailable"),
+        (RuntimeError("secret"), 500, "internal"),
+    ],
+)
+def test_a_batch_request_that_failed_asks_no_more(
+    events: SqliteEventStore, error: Exception, status: int, kind: str
+) -> None:
+    async def scenario() -> None:
+        model, gate = Model(), asyncio.Event()
+        model.gate.set()
+
+        async def recommend(requests: Sequence[Request]) -> list[Recommendation]:
+            if requests[0].user_id == "u2":
+                raise error
+            await gate.wait()
+            return await model.recommend(requests)
+
+        app = create_app(replace(service(model, events, bulk_users=1), recommend=recommend), None)
+        async with client(app) as http:
+            body = {"user_ids": [f"u{number}" for number in range(1, 31)], "k": 1}
+            answer = await http.post("/v1/recommend:batch", json=body)
+            assert answer.status_code == status
+            assert answer.json()["type"].endswith("/" + kind)
+            gate.set()
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert model.asked == 0
+
+    asyncio.run(scenario())
+
+
 def test_a_failure_nobody_foresaw_is_marked_counted_and_told(events: SqliteEventStore) -> None:
     async def scenario() -> None:
         model, watch = Model(), Watch()

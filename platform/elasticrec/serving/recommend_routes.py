@@ -91,7 +91,10 @@ def to_request(wishes: Wishes, user_id: str | None, history: tuple[str, ...], of
 
 
 async def _in_bulk(service: Service, body: BatchRequest) -> list[bytes]:
-    """The answers as JSON, some users at a time; single requests get in between them."""
+    """The answers as JSON, some users at a time; single requests get in between them.
+
+    The first error is raised as it is, and ends the rest: it would go on when the caller's turn is over.
+    """
     turn, size = asyncio.Semaphore(BULK_IN_FLIGHT), service.bulk_users
 
     async def some(user_ids: Sequence[str]) -> bytes:
@@ -101,7 +104,13 @@ async def _in_bulk(service: Service, body: BatchRequest) -> list[bytes]:
         return _rows(user_ids, answers)
 
     pieces = [body.user_ids[begin : begin + size] for begin in range(0, len(body.user_ids), size)]
-    return list(await asyncio.gather(*map(some, pieces)))
+    try:
+        async with asyncio.TaskGroup() as group:
+            answering = [group.create_task(some(piece)) for piece in pieces]
+    except ExceptionGroup as failed:
+        first = failed.exceptions[0]
+        raise first from first.__cause__
+    return [one.result() for one in answering]
 
 
 def _rows(user_ids: Sequence[str], answers: Sequence[Recommendation]) -> bytes:
