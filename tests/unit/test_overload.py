@@ -128,6 +128,38 @@ def test_a_model_that_is_down_is_left_alone_and_taken_up_again(events: SqliteEve
     asyncio.run(scenario())
 
 
+class Paged(Model):
+    """Every answer has another page after it."""
+
+    def _answer(self, source: Any) -> Recommendation:
+        return replace(super()._answer(source), more=True)
+
+
+def test_pages_of_the_model_and_of_what_is_popular_are_not_mixed(events: SqliteEventStore) -> None:
+    async def scenario() -> None:
+        model = Paged()
+        model.gate.set()
+        app = create_app(service(model, events, circuit=CircuitConfig(failures=100)), None)
+
+        async def ask(cursor: str | None) -> httpx.Response:
+            return await http.post("/v1/recommend", json=ASK | ({"cursor": cursor} if cursor else {}))
+
+        async with client(app) as http:
+            by_model = (await ask(None)).json()["next_cursor"]
+            model.error = UnavailableError("down")
+            answer = await ask(by_model)
+            assert answer.status_code == 409
+            assert answer.json()["type"].endswith("/other-cursor")
+            assert "ask without one to start over" in answer.json()["detail"]
+            degraded = (await ask(None)).json()["next_cursor"]
+            assert (await ask(degraded)).json()["degraded"] is True
+            model.error = None
+            assert (await ask(degraded)).status_code == 409
+            assert (await ask(by_model)).json()["source"] == "model"
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(("had_s", "state"), [(0.05, "closed"), (0.5, "open")])
 def test_a_model_is_late_only_when_it_had_its_time(had_s: float, state: str) -> None:
     async def scenario() -> None:
@@ -225,6 +257,40 @@ def test_so_many_users_of_a_batch_request_go_through_the_model_together(events: 
 
     asyncio.run(scenario())
     assert together == [users[:3], users[3:6], users[6:]]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (UnavailableError("the model does not answer; try again"), 503, "unavailable"),
+        (RuntimeError("secret"), 500, "internal"),
+    ],
+)
+def test_a_batch_request_that_failed_asks_no_more(
+    events: SqliteEventStore, error: Exception, status: int, kind: str
+) -> None:
+    async def scenario() -> None:
+        model, gate = Model(), asyncio.Event()
+        model.gate.set()
+
+        async def recommend(requests: Sequence[Request]) -> list[Recommendation]:
+            if requests[0].user_id == "u2":
+                raise error
+            await gate.wait()
+            return await model.recommend(requests)
+
+        app = create_app(replace(service(model, events, bulk_users=1), recommend=recommend), None)
+        async with client(app) as http:
+            body = {"user_ids": [f"u{number}" for number in range(1, 31)], "k": 1}
+            answer = await http.post("/v1/recommend:batch", json=body)
+            assert answer.status_code == status
+            assert answer.json()["type"].endswith("/" + kind)
+            gate.set()
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert model.asked == 0
+
+    asyncio.run(scenario())
 
 
 def test_a_failure_nobody_foresaw_is_marked_counted_and_told(events: SqliteEventStore) -> None:

@@ -1,4 +1,5 @@
-"""A place in a list of answers in, an opaque token out, and back; a token belongs to one question and one model.
+"""A place in a list of answers in, an opaque token out, and back; a token belongs to one question and to one order of
+answers, which a model or popularity made.
 
 `api.CURSOR` is what a token looks like.
 """
@@ -40,9 +41,12 @@ def offset_of(cursor: str) -> int:
 
 
 def check_cursor(cursor: str, question: str) -> None:
-    """Raises CursorError when it was made for another question, or by another model."""
+    """Raises CursorError when it was made for another question, by another model, or where another source answered."""
     if base64.urlsafe_b64decode(cursor)[4:] != _digest(question):
-        raise CursorError("this cursor is of another question or another model version; ask without one to start over")
+        raise CursorError(
+            "this cursor is of another question or another model version, or one of the two pages came from the model "
+            "and the other from popularity; ask without one to start over"
+        )
 
 
 def _digest(question: str) -> bytes:

@@ -39,7 +39,9 @@ def add_recommendations(router: APIRouter, service: Service, ask: Ask) -> None:
     @router.post(
         "/recommend",
         response_model=RecommendResponse,
-        responses={409: {"model": Problem, "description": "The cursor is of another question or model version"}},
+        responses={
+            409: {"model": Problem, "description": "The cursor is of another question, model version or source"}
+        },
         summary="Items that a user may want next",
     )
     async def recommend(body: RecommendRequest) -> Response:
@@ -48,13 +50,14 @@ def add_recommendations(router: APIRouter, service: Service, ask: Ask) -> None:
         asked = to_request(body, body.user_id, tuple(body.history or ()), offset)
         answer = await ask(replace(asked, explain=True) if body.explain else asked)
         version, page_end = answer.version or service.model.version, offset + body.k
+        question = _question_of(body, version, answer)
         if body.cursor is not None:
-            check_cursor(body.cursor, _question_of(body, version))
+            check_cursor(body.cursor, question)
         more = answer.more and page_end <= MAX_OFFSET
         content = _content(answer) | {
             "model_version": version,
             "degraded": answer.degraded,
-            "next_cursor": encode_cursor(page_end, _question_of(body, version)) if more else None,
+            "next_cursor": encode_cursor(page_end, question) if more else None,
             "timings_ms": timings(started_s, answer.timings_ms),
         }
         return Response(orjson.dumps(content), media_type="application/json")
@@ -88,7 +91,10 @@ def to_request(wishes: Wishes, user_id: str | None, history: tuple[str, ...], of
 
 
 async def _in_bulk(service: Service, body: BatchRequest) -> list[bytes]:
-    """The answers as JSON, some users at a time; single requests get in between them."""
+    """The answers as JSON, some users at a time; single requests get in between them.
+
+    The first error is raised as it is, and ends the rest: it would go on when the caller's turn is over.
+    """
     turn, size = asyncio.Semaphore(BULK_IN_FLIGHT), service.bulk_users
 
     async def some(user_ids: Sequence[str]) -> bytes:
@@ -98,7 +104,13 @@ async def _in_bulk(service: Service, body: BatchRequest) -> list[bytes]:
         return _rows(user_ids, answers)
 
     pieces = [body.user_ids[begin : begin + size] for begin in range(0, len(body.user_ids), size)]
-    return list(await asyncio.gather(*map(some, pieces)))
+    try:
+        async with asyncio.TaskGroup() as group:
+            answering = [group.create_task(some(piece)) for piece in pieces]
+    except ExceptionGroup as failed:
+        first = failed.exceptions[0]
+        raise first from first.__cause__
+    return [one.result() for one in answering]
 
 
 def _rows(user_ids: Sequence[str], answers: Sequence[Recommendation]) -> bytes:
@@ -119,6 +131,7 @@ def _content(answer: Recommendation) -> dict[str, Any]:
     }
 
 
-def _question_of(body: RecommendRequest, version: str) -> str:
+def _question_of(body: RecommendRequest, version: str, answer: Recommendation) -> str:
     """All that decides the order of the answers; the size of a page may change between pages."""
-    return version + body.model_dump_json(exclude={"k", "offset", "cursor", "explain"})
+    order = f"{version} {answer.source} {answer.degraded} "
+    return order + body.model_dump_json(exclude={"k", "offset", "cursor", "explain"})

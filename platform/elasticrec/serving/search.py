@@ -4,6 +4,7 @@ The index (tantivy) lives in memory and follows the assortment. Queries are buil
 is read as query language.
 """
 
+import hashlib
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ _WRITER_BYTES: Final = 50_000_000
 _ANALYZER: Final = "words"
 _WORD_CHARACTERS: Final = 40
 _TYPO_CHARACTERS, _TYPOS_CHARACTERS = 4, 8  # from so many on a word may be one edit off, or two
+_FURTHER: Final = 16  # times as many are asked for while the last ones are tied
+_ADDED: Final = 1 << 63  # places of added items lie behind those of the bundle's
 _EXACT, _PREFIX, _CATEGORY, _FUZZY = 3.0, 1.5, 1.0, 0.7
+_Match = tuple[float, Any]  # score and tantivy's address
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +63,13 @@ class TextIndex:
         self._write(rested(indices) if beside else indices, view, known=())
 
     def search(self, text: str, limit: int, view: View, categories: Sequence[str] = ()) -> list[Hit]:
-        """At most `limit` items of the view, best first; of any of the categories, where some are given."""
+        """At most `limit` items of the view, best first; of any of the categories, where some are given.
+
+        Items of the same score stand as on every other replica, whatever each has seen put and withdrawn.
+
+        Raises:
+            ValueError: the view is of another catalogue.
+        """
         self._follow(view)
         query = self._query(text)
         if query is None:
@@ -70,11 +80,30 @@ class TextIndex:
             filtered = tantivy.Query.const_score_query(boolean(within), 0.0)
             query = boolean([(tantivy.Occur.Must, query), (tantivy.Occur.Must, filtered)])
         searcher = self._index.searcher()
-        found = searcher.search(query, limit, count=False).hits
+        found: list[_Match] = searcher.search(query, limit + 1, count=False).hits
+        if _cut_within_ties(found, limit + 1, limit):
+            found = self._with_ties(searcher, query, found[:limit])
+        found = _in_order(searcher, found)[:limit]
         indices: Any = searcher.fast_field_values("index", [address for _, address in found])
         return [Hit(item, score) for item, (score, _) in zip(indices, found, strict=True)]
 
+    def _with_ties(self, searcher: Any, query: Any, best: Sequence[_Match]) -> list[_Match]:
+        """The best, and all that match as well as the last of them and have a place before one of its ties. A category
+        may tie tens of thousands; those places are few where the replica wrote most items in their order."""
+        better = [match for match in best if match[0] > best[-1][0]]
+        known, last = set(_places(searcher, better)), max(_places(searcher, best[len(better) :]))
+        before = tantivy.Query.range_query(self._schema, "place", tantivy.FieldType.Unsigned, 0, last)
+        within = tantivy.Query.const_score_query(before, 0.0)
+        nearer = tantivy.Query.boolean_query([(tantivy.Occur.Must, query), (tantivy.Occur.Must, within)])
+        asked = len(best) + 1
+        while _cut_within_ties(found := searcher.search(nearer, asked, count=False).hits, asked, len(best)):
+            asked = min(_FURTHER * asked, searcher.num_docs + 1)
+        places = _places(searcher, found)
+        return better + [match for match, place in zip(found, places, strict=True) if place not in known]
+
     def _follow(self, view: View) -> None:
+        if view.catalogue is not self._view.catalogue:  # its numbers mean other items
+            raise ValueError("the view is of another catalogue than the index; take both from one version")
         if view.revision == self._view.revision:
             return
         with self._lock:
@@ -93,7 +122,8 @@ class TextIndex:
             writer.delete_documents_by_query(tantivy.Query.term_query(self._schema, "index", index))
         for index in indices:
             if index not in view.withdrawn:
-                writer.add_document(_document(index, view.item(index)))
+                item = view.item(index)
+                writer.add_document(_document(index, item, added=index > len(view.catalogue)))
         writer.commit()
         writer.wait_merging_threads()
         self._index.reload()
@@ -140,9 +170,34 @@ def blend(text_H: Sequence[float], taste_H: Sequence[float], weight: float) -> l
     return list(zip(order.tolist(), both[order].tolist(), strict=True))
 
 
+def _cut_within_ties(found: Sequence[_Match], asked: int, limit: int) -> bool:
+    """Whether more may match as well as the last of the best `limit` than the `asked` ones that were found."""
+    return len(found) == asked and found[-1][0] == found[limit - 1][0]
+
+
+def _places(searcher: Any, found: Sequence[_Match]) -> list[int]:
+    places: list[int] = searcher.fast_field_values("place", [address for _, address in found])
+    return places
+
+
+def _in_order(searcher: Any, found: Sequence[_Match]) -> list[_Match]:
+    """Ties by their places: tantivy's own order is that in which this replica has written the items."""
+    score_H = np.array([score for score, _ in found], dtype=np.float32)
+    place_H = np.array(_places(searcher, found), dtype=np.uint64)
+    return [found[number] for number in np.lexsort((place_H, -score_H)).tolist()]
+
+
+def _place(index: int, item: Item, *, added: bool) -> int:
+    """The index of an item of the bundle; of an added one, whose index is of this replica only, a hash of its id."""
+    if not added:
+        return index
+    return _ADDED | int.from_bytes(hashlib.blake2b(item.item_id.encode(), digest_size=8).digest(), "big") % _ADDED
+
+
 def _schema() -> Any:
     builder = tantivy.SchemaBuilder()
     builder.add_unsigned_field("index", indexed=True, fast=True)
+    builder.add_unsigned_field("place", fast=True)
     builder.add_text_field("title", tokenizer_name=_ANALYZER, index_option="freq")
     builder.add_text_field("category", tokenizer_name=_ANALYZER, index_option="basic")
     builder.add_text_field("label", tokenizer_name="raw", index_option="basic")  # a category as it is, to filter by
@@ -154,9 +209,10 @@ def _analyzer() -> Any:
     return kept.filter(tantivy.Filter.lowercase()).filter(tantivy.Filter.ascii_fold()).build()
 
 
-def _document(index: int, item: Item) -> Any:
+def _document(index: int, item: Item, *, added: bool) -> Any:
     document = tantivy.Document()
     document.add_unsigned("index", index)
+    document.add_unsigned("place", _place(index, item, added=added))
     document.add_text("title", item.title or "")
     for name in item.categories:
         document.add_text("category", name)

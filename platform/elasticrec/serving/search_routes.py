@@ -16,8 +16,9 @@ from elasticrec.serving.filters import MAX_NAMES, Name
 from elasticrec.serving.history import Request
 from elasticrec.serving.postprocess import Recommendation
 from elasticrec.serving.search import Hit, blend
-from elasticrec.serving.service import Ask, Service
+from elasticrec.serving.service import Ask, Service, Versioned
 from elasticrec.serving.timings import timings
+from elasticrec.serving.versions import current_of
 
 
 def add_search(router: APIRouter, service: Service, ask: Ask) -> None:
@@ -32,8 +33,8 @@ def add_search(router: APIRouter, service: Service, ask: Ask) -> None:
         category: Annotated[list[Name], Query(max_length=MAX_NAMES, description="one of them")] = [],  # noqa: B006
     ) -> Response:
         started_s = time.perf_counter()
-        limit = max(service.search.pool, offset + k)
-        view, hits = await asyncio.to_thread(_hits, service, q, limit, category)
+        model, limit = current_of(service.model), max(service.search.pool, offset + k)
+        view, hits = await asyncio.to_thread(_hits, model, q, limit, category)
         stages_ms = {"text": 1e3 * (time.perf_counter() - started_s)}
         found = [(hit.item, hit.score / hits[0].score) for hit in hits]
         personal = False
@@ -49,17 +50,17 @@ def add_search(router: APIRouter, service: Service, ask: Ask) -> None:
         content: dict[str, Any] = {
             "items": [_shown(index, score, view) for index, score in found[offset : offset + k]],
             "personal": personal,
-            "model_version": service.model.version,
+            "model_version": model.version,
             "timings_ms": timings(started_s, stages_ms),
         }
         return Response(orjson.dumps(content), media_type="application/json")
 
 
-def _hits(service: Service, text: str, limit: int, categories: list[str]) -> tuple[View, list[Hit]]:
-    view = service.model.assortment.view()
-    if service.model.index is None:
+def _hits(model: Versioned, text: str, limit: int, categories: list[str]) -> tuple[View, list[Hit]]:
+    view = model.assortment.view()
+    if model.index is None:
         raise UnavailableError("this service has no search index")
-    hits = service.model.index.search(text, limit, view, categories)
+    hits = model.index.search(text, limit, view, categories)
     return view, [hit for hit in hits if hit.item <= len(view) and hit.item not in view.withdrawn]
 
 

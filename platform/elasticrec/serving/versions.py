@@ -20,6 +20,7 @@ from elasticrec.serving.history import Request
 from elasticrec.serving.postprocess import Recommendation
 from elasticrec.serving.rollout import Rollout
 from elasticrec.serving.search import TextIndex
+from elasticrec.serving.service import Versioned
 from elasticrec.serving.shelf import Shelf
 from elasticrec.serving.watch import Role, Watch
 
@@ -80,6 +81,7 @@ class Versions:
         self._told: Rollout | None = None  # may not have been taken up yet
         self._asked: Rollout | None = None
         self._live: Rollout | None = None
+        self._first: Loaded | None = None  # of production: read at once, since threads ask for it
         self._changing = asyncio.Lock()
         self._shadowing: asyncio.Task[None] | None = None
         self._shadow_counts = ShadowCounts()
@@ -95,6 +97,11 @@ class Versions:
     def answers(self) -> bool:
         """Whether a version is live."""
         return self._live is not None
+
+    @property
+    def current(self) -> Model:
+        """Production at the moment. Whoever needs two things of it takes it once: it may move on between them."""
+        return self._production.model
 
     @property
     def version(self) -> str:
@@ -114,7 +121,8 @@ class Versions:
 
     @property
     def _production(self) -> Loaded:
-        return self._shelf[self.rollout.production]
+        assert self._first is not None, "Serve calls reconfigure before the first request"
+        return self._first
 
     async def apply(self, wanted: Rollout) -> None:
         """Loads what is new, then moves on to it at once. What is refused stays as it was; requests are never held up.
@@ -134,7 +142,7 @@ class Versions:
                 raise BundleError(next(iter(self._shelf.refused.values())))
             if self._live is None or live.shadow != self._live.shadow:
                 self._shadow_counts = ShadowCounts()
-            self._asked, self._live = wanted, live
+            self._asked, self._live, self._first = wanted, live, self._shelf[live.production]
             self._shelf.keep(live.bundles)
             held = [self._shelf[uri] for uri in live.bundles]
             self._watch.hold({one.model.version: (one.model.catalogue, one.reference) for one in held})
@@ -158,7 +166,7 @@ class Versions:
 
     def popular(self, requests: Sequence[Request]) -> list[Recommendation]:
         """Answers without the network, by production; for a thread, since histories are read."""
-        model = self._production.model
+        model = self.current
         return [replace(answer, version=model.version, degraded=True) for answer in model.popular(requests)]
 
     def state(self) -> dict[str, Any]:
@@ -228,6 +236,11 @@ class Versions:
             counts.failed += len(asked)
             self._watch.shadow_failed(version, len(asked))
             _LOGGER.warning("the shadow did not answer", exc_info=True)
+
+
+def current_of(model: Versioned) -> Versioned:
+    """The one version by which a request is answered from its first stage to its last, though a rollout moves on."""
+    return model.current if isinstance(model, Versions) else model
 
 
 def _without(wanted: Rollout, shelf: Shelf[Loaded], live: Rollout | None) -> Rollout | None:
