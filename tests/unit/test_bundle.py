@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from elasticrec.artifact.bundle import Bundle, open_bundle, verify_bundle, write_bundle
+from elasticrec.artifact.location import locate
 from elasticrec.errors import BundleError, ConfigError
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.history import History
@@ -261,6 +262,27 @@ def test_a_failed_write_elsewhere_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="not a bundle"):
         open_bundle(uri)
     verify_bundle(_write(uri).uri)
+
+
+def test_a_failed_write_elsewhere_removes_nothing_that_was_there(tmp_path: Path) -> None:
+    models = locate(f"fsspec+memory://{tmp_path}/models")
+    _write(models / "a")
+    (models / "notes").write(b"mine")
+    for place in (models, models / "notes"):
+        with pytest.raises(BundleError, match=r"metrics\.loss|is there already"):
+            write_bundle(place, _network(), _items(), name="films", version="1", metrics={"loss": float("nan")})
+    assert models.children() == ["a", "notes"]
+    assert (models / "notes").read() == b"mine"
+    verify_bundle(models / "a")
+
+
+def test_what_a_killed_writer_left_elsewhere_is_not_taken_into_a_bundle(tmp_path: Path) -> None:
+    place = locate(f"fsspec+memory://{tmp_path}/bundle")
+    place.make_folder()
+    (place / "content.parquet").write(b"half")
+    with pytest.raises(BundleError, match=r"bundle' is there already"):
+        _write(place)
+    assert place.children() == ["content.parquet"]
 
 
 WRITE_FOR_EVER = """

@@ -113,6 +113,15 @@ def test_a_mistake_gives_one_message_and_destroys_nothing(
     assert sorted(path.relative_to(home) for path in home.rglob("*")) == before
 
 
+def test_an_export_to_another_place_than_a_local_disk_is_refused(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(home.rglob("*"))
+    assert run(["bundle", "export", "bundle", "--out", "fsspec+memory://b/out", "--format", "pt2"]) == 2
+    assert "error: 'fsspec+memory://b/out' is not on a local disk; export to a folder here" in capsys.readouterr().err
+    assert sorted(home.rglob("*")) == before
+
+
 def _no_cluster(*_given: Any) -> None:
     raise AssertionError("a cluster was to be started")
 
@@ -129,6 +138,7 @@ COMPRESS = ["compress", "bundle", "--data", "store", "--out", "small"]
         (["compress", "bundle", "--data", "newer", "--out", "small"], "item 1 is 'a' in the bundle and 'z' in 'newer'"),
         ([*COMPRESS, "--budget", "foo"], "foo"),
         ([*COMPRESS, "--space", "nope.yaml"], "nope.yaml"),
+        (["compress", "bundle", "--data", "store", "--out", "s3://"], "'s3://' names no bucket"),
         (["serve", "run", "bundle", "--keys", "nope.json"], "nope.json"),
         (["serve", "run", "bundle", "--replicas", "0"], "replicas is '0': Input should be greater than or equal to 1"),
         (["serve", "run", "bundle", "--events", "foo://x"], "'foo:…'; give redis://, rediss:// (TLS) or unix://"),

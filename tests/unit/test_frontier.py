@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 
+from elasticrec.artifact.location import locate
+from elasticrec.cli.compress import sweep_here
 from elasticrec.cli.frontier import frontier_page, write_frontier
 from elasticrec.cli.tables import compression_table, shown_k
+from elasticrec.compression import sweep as sweeping
+from elasticrec.compression.pareto import Choice
+from elasticrec.compression.sweep import SweepResult
 
 
 def row(recipe: str, size: float, latency_ms: float, quality: float, **more: Any) -> dict[str, Any]:
@@ -59,6 +64,26 @@ def test_without_a_finished_trial_the_reasons_are_left(tmp_path: Path) -> None:
     assert file == tmp_path / "report.html"
     assert "no memory" in file.read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://", "fsspec+memory://"])
+def test_a_sweep_goes_where_it_is_told_and_has_a_page_on_a_local_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    def swept(_config: object, _bundle: str, _data: Path, out: str | Path, **_: object) -> SweepResult:
+        folder = locate(out)
+        folder.make_folder()
+        (folder / "trials.json").write(b"{}")
+        choice = Choice(trial=None, why="none")
+        return SweepResult(rows=ROWS, teacher=TEACHER, choice=choice, chosen=None, uri=folder.uri)
+
+    monkeypatch.setattr(sweeping, "sweep", swept)
+    monkeypatch.chdir(tmp_path)
+    out = f"{scheme}{tmp_path}/sweep"
+    sweep_here("bundle", Path("data"), out)
+    page = [] if scheme == "fsspec+memory://" else ["report.html"]
+    assert locate(out).children() == [*page, "trials.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep"] * len(page)
 
 
 def at(k: int, batch: int, told: dict[str, Any]) -> dict[str, Any]:

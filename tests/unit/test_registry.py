@@ -212,6 +212,16 @@ def test_a_registry_on_another_filesystem(bundle: Bundle, tmp_path: Path) -> Non
     verify_bundle(resolve_reference(f"fsspec+memory://{tmp_path}/registry#films"))
 
 
+def test_a_publisher_that_died_on_another_filesystem_keeps_its_number(bundle: Bundle, tmp_path: Path) -> None:
+    registry = Registry(f"fsspec+memory://{tmp_path}/registry")
+    dead = registry.root / "films" / "versions" / "1"
+    dead.make_folder()
+    (dead / "content.parquet").write(b"half")
+    assert registry.publish(bundle, "films") == "2"
+    assert registry.versions("films") == ["2"]
+    verify_bundle(registry.resolve("films", "2"))
+
+
 PUBLISH = """
 import sys
 from elasticrec.artifact.registry import Registry

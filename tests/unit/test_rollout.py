@@ -1,9 +1,11 @@
 """Versions of a service: who is answered by which, how replicas move to another, and which bundles they refuse."""
 
 import asyncio
+import contextlib
+import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,9 @@ from hypothesis import strategies as st
 from elasticrec.artifact.bundle import Bundle, open_bundle, write_bundle
 from elasticrec.artifact.golden import QUESTIONS, differences, golden_answers, parse_golden, past_of, render_golden
 from elasticrec.artifact.registry import Registry
-from elasticrec.cli.rollout import Application, RolloutError, answered
+from elasticrec.cli import registry as commands
+from elasticrec.cli import rollout
+from elasticrec.cli.rollout import Application, RolloutError, answered, running
 from elasticrec.errors import BundleError, ConfigError
 from elasticrec.model.encoder import EncoderConfig
 from elasticrec.model.network import Network, NetworkConfig
@@ -441,3 +445,72 @@ def test_what_is_live_is_told_by_those_who_know() -> None:
             return {"deployments": [{"user_config": Rollout(production="a").plain()}]}
 
     assert Told(name="app", client=None).current() == Rollout(production="a")
+
+
+@pytest.fixture
+def served(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What was deployed as the application that answers on a cluster: by default version 1 of the registry's films."""
+    deployed: dict[str, Any] = {
+        "name": rollout.NAME,
+        "args": {"bundle": f"{registry.root.uri}#films@production"},
+        "deployments": [{"user_config": Rollout(production=registry.resolve("films", "1")).plain()}],
+    }
+
+    class Client:
+        def __init__(self, _address: str) -> None: ...
+
+        def get_serve_details(self) -> dict[str, Any]:
+            return {"applications": {rollout.NAME: {"deployed_app_config": deployed}}}
+
+    monkeypatch.setenv("RAY_ADDRESS", "h:1")
+    monkeypatch.setattr(rollout, "driver", lambda _address: contextlib.nullcontext())
+    monkeypatch.setattr(rollout, "_dashboard_url", lambda: "http://h:2")
+    monkeypatch.setattr("ray.dashboard.modules.serve.sdk.ServeSubmissionClient", Client)
+    monkeypatch.setattr(Application, "_states", lambda _: {})
+    return deployed
+
+
+@pytest.mark.parametrize(
+    "command", [partial(commands.promote, "films", "3"), partial(commands.canary, "films", "3", 5)]
+)
+def test_a_registry_that_is_not_the_applications_moves_nothing(
+    registry: Registry, served: dict[str, Any], monkeypatch: pytest.MonkeyPatch, command: Callable[..., None]
+) -> None:
+    served["args"]["bundle"] = "s3://prod/registry#films@production"
+    monkeypatch.setattr(Application, "move", lambda *_: pytest.fail("another registry's version goes live"))
+    root = registry.root.uri
+    with pytest.raises(RolloutError, match=rf"'films' of the registry 's3://prod/registry', not of '{root}'.*--root"):
+        command(root=root)
+    assert registry.labels("films") == {}
+
+
+def test_a_root_is_the_applications_by_each_of_its_names(
+    registry: Registry, served: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = registry.root.uri
+    (tmp_path / "link").symlink_to(root)
+    monkeypatch.chdir(tmp_path)
+    for of_application in (root, f"{root}/", f"file://{root}", "registry", str(tmp_path / "link")):
+        served["args"]["bundle"] = f"{of_application}#films@production"
+        for named in (root, "registry", "../" + tmp_path.name + "/registry", f"file://{root}", "link"):
+            with running(Registry(named), "films") as application:
+                assert application is not None, (of_application, named)
+    served["args"]["bundle"] = "fsspec+memory://r#films@production"
+    with running(Registry("fsspec+memory://r/"), "films") as application:
+        assert application is not None
+
+
+def test_a_relative_root_is_where_the_application_was_built(
+    registry: Registry, served: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served["args"]["bundle"] = "registry#films@production"
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(registry.root.path, elsewhere / "registry")
+    monkeypatch.chdir(elsewhere)
+    with running(registry, "films") as application:
+        assert application is not None
+    told = rf"'films' of the registry '{registry.root}', not of '{elsewhere}/registry'"
+    with pytest.raises(RolloutError, match=told), running(Registry("registry"), "films"):
+        raise AssertionError("a copy of the registry was taken for it")
+    with pytest.raises(RolloutError, match="which is no label of 'shows'"), running(registry, "shows"):
+        raise AssertionError("another model's application was given")

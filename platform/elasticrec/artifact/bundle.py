@@ -170,7 +170,7 @@ def write_bundle(  # noqa: PLR0913 - all but three are named and optional
     lineage: Mapping[str, Any] | None = None,
     content: ContentTower | None = None,
 ) -> Bundle:
-    """Writes a bundle to a place where none is yet; nothing is left behind when that fails.
+    """Writes a bundle to a place where nothing is yet; nothing is left behind when that fails.
 
     Args:
         items: row i is item i + 1, with the columns of ITEM_COLUMNS.

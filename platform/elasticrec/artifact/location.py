@@ -169,6 +169,8 @@ def sync_path(path: Path) -> None:
 
 
 def _folder_in_place(final: Location) -> Iterator[Location]:
+    if final.exists():  # what is removed below is then nobody else's
+        raise FileExistsError(final.uri)
     final.make_folder()
     try:
         yield final

@@ -1,7 +1,6 @@
 """`elasticrec bundle …`: look at a bundle, check it, and export it."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -34,12 +33,12 @@ def verify(bundle: Reference) -> None:
     print(f"{uri}: every file is as it was written")
 
 
-def export(bundle: Reference, out: Path, format: Literal["onnx", "pt2", "executorch-ready"] = "onnx") -> None:
+def export(bundle: Reference, out: str, format: Literal["onnx", "pt2", "executorch-ready"] = "onnx") -> None:
     """Writes a bundle for a runtime without Ray, and compares the file's scores with the bundle's.
 
     Args:
         bundle: folder, URI, or REGISTRY#NAME@LABEL.
-        out: a new folder for the model, its items and edge.json.
+        out: a new local folder for the model, its items and edge.json.
         format: onnx needs no torch where it runs; executorch-ready is for executorch.exir.to_edge.
     """
     from elasticrec.artifact.export.folder import export_bundle

@@ -9,6 +9,7 @@ from rich.progress import Progress
 
 from elasticrec.artifact.bundle import open_bundle
 from elasticrec.artifact.items import check_same_items
+from elasticrec.artifact.location import locate
 from elasticrec.artifact.registry import resolve_reference
 from elasticrec.cli.connection import connected
 from elasticrec.cli.frontier import REPORT, write_frontier
@@ -22,7 +23,7 @@ from elasticrec.data.sequences import open_store
 def compress_bundle(
     bundle: Annotated[str, tyro.conf.Positional],
     data: Path,
-    out: Path,
+    out: str,
     space: Path | None = None,
     budget: str | None = None,
 ) -> None:
@@ -31,31 +32,31 @@ def compress_bundle(
     Args:
         bundle: the teacher: folder, URI, or REGISTRY#NAME@LABEL.
         data: the store that it was trained on.
-        out: a new folder for the trials.
+        out: a new folder or URI for the trials; on a local disk a page with the front is written there, too.
         space: YAML with the recipes and how they are measured (default: float32, bf16 and int8 item table).
         budget: what the choice must meet, such as "ndcg@10>=0.99*teacher, p99_ms<=5".
     """
-    uri, config = resolve_reference(bundle), _asked(space, budget)
+    uri, config, folder = resolve_reference(bundle), _asked(space, budget), locate(out)
     check_same_items(open_bundle(uri), open_store(data))  # told now, not once a cluster has started
     with connected():
         result = sweep_here(uri, data, out, config)
     show(compression_table(result.rows))
     print(result.choice.why)
-    if (out / REPORT).exists():
-        print(f"report: {out / REPORT}")
+    if folder.is_local:
+        print(f"report: {folder / REPORT}")
     if result.chosen:
         print(f"chosen bundle: {result.chosen['bundle']}")
 
 
-def sweep_here(bundle: str, data: Path, out: Path, config: SweepConfig | None = None) -> Any:
+def sweep_here(bundle: str, data: Path, out: str | Path, config: SweepConfig | None = None) -> Any:
     """Runs the sweep on the cluster this process is connected to. Returns a `SweepResult`."""
     from elasticrec.compression.sweep import sweep
 
-    config = config or SweepConfig()
+    config, folder = config or SweepConfig(), locate(out)
     with bar("compressing", total=config.trials + 1) as progress:
         result = sweep(config, bundle, data, out, progress=lambda name, status: _advance(progress, name, status))
-    if out.is_dir():  # a sweep may also lie on an object store, where a page is of little use
-        write_frontier(out, result.rows, result.teacher, result.choice.why, config.budget)
+    if folder.is_local:  # on an object store a page is of little use
+        write_frontier(Path(folder.path), result.rows, result.teacher, result.choice.why, config.budget)
     return result
 
 

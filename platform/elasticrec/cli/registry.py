@@ -72,6 +72,7 @@ def promote(
         chosen = registry.version_of(name, version)
         uri = registry.resolve(name, chosen)
         _move(
+            registry,
             name,
             label,
             app,
@@ -106,6 +107,7 @@ def rollback(
             raise ConfigError(f"'{label}' of '{name}' is at version {now}, not {leaving}: somebody moved it before")
         uri = registry.resolve(name, registry.version_before(name, label))
         _move(
+            registry,
             name,
             label,
             app,
@@ -183,15 +185,22 @@ def _part(part: str, name: str, version: str, percent: float, root: str, reason:
             CANARY: lambda rollout: replace(rollout, canary=uri, canary_percent=percent),
             SHADOW: lambda rollout: replace(rollout, shadow=uri, shadow_percent=percent),
         }[part]
-        _move(name, part, app, change, lambda: registry.set_label(name, part, chosen, reason=reason, percent=percent))
+        _move(
+            registry,
+            name,
+            part,
+            app,
+            change,
+            lambda: registry.set_label(name, part, chosen, reason=reason, percent=percent),
+        )
     print(f"{part} takes {percent:g} %")
 
 
-def _move(name: str, label: str, app: str, change: Change, move_label: Callable[[], Move]) -> None:
+def _move(registry: Registry, name: str, label: str, app: str, change: Change, move_label: Callable[[], Move]) -> None:
     """The label and the application that serves it; the label stays where it is when a replica refuses the bundle."""
     moved: list[Move] = []
     told = f"no application '{app}' was told"
-    with running(name, app) as application:
+    with running(registry, name, app) as application:
         if application is None or label not in (label_of(application), CANARY, SHADOW):
             moved.append(move_label())
         else:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from elasticrec.artifact.registry import parse_reference
+from elasticrec.artifact.location import locate
+from elasticrec.artifact.registry import Reference, Registry, parse_reference
 from elasticrec.cli.connection import driver
 from elasticrec.cli.service import NAME
 from elasticrec.errors import ElasticRecError
@@ -154,11 +155,12 @@ def answered(states: States, rollout: Rollout, *, checks: bool) -> bool:
 
 
 @contextmanager
-def running(name: str, app: str = NAME) -> Iterator[Application | None]:
-    """The application that serves the model `name` on the cluster of RAY_ADDRESS; none where there is none.
+def running(registry: Registry, name: str, app: str = NAME) -> Iterator[Application | None]:
+    """The application that serves the registry's model `name` on the cluster of RAY_ADDRESS; none where there is none.
 
     Raises:
-        RolloutError: it serves another model, or was started in a way that cannot be changed without a restart.
+        RolloutError: it serves another model or one of another registry, or was started in a way that cannot be changed
+            without a restart.
     """
     if not os.environ.get("RAY_ADDRESS"):
         yield None
@@ -177,13 +179,39 @@ def running(name: str, app: str = NAME) -> Iterator[Application | None]:
                 "deploy' or 'elasticrec serve run', then its versions change while it answers"
             )
         application = Application(name=app, client=client)
-        parsed = parse_reference(application.reference)
-        if parsed is None or parsed.name != name:
-            raise RolloutError(
-                f"application '{app}' serves '{application.reference}', which is no label of '{name}'; name its own "
-                "model, or another application with --app"
-            )
+        _check_serves(application, registry, name)
         yield application
+
+
+def _check_serves(application: Application, registry: Registry, name: str) -> None:
+    """Raises RolloutError when the application serves another model, or one of another registry."""
+    parsed = parse_reference(application.reference)
+    if parsed is None or parsed.name != name:
+        raise RolloutError(
+            f"application '{application.name}' serves '{application.reference}', which is no label of '{name}'; name "
+            "its own model, or another application with --app"
+        )
+    root = _root_of(application, parsed)
+    if _comparable(root) != _comparable(registry.root.uri):
+        raise RolloutError(
+            f"application '{application.name}' serves '{name}' of the registry '{root}', not of '{registry.root}'; "
+            "name its own registry with --root, or another application with --app"
+        )
+
+
+def _root_of(application: Application, parsed: Reference) -> str:
+    """A relative root starts where the application was built; only the bundle that it serves says where that was."""
+    if "://" in parsed.root or os.path.isabs(parsed.root):
+        return parsed.root
+    production = application.current().production
+    return production.removesuffix(f"/{parsed.name}/versions/{production.rpartition('/')[2]}")
+
+
+def _comparable(root: str) -> str:
+    """One text for all names of a local folder. Other places are not asked: who forgot --root may not reach them."""
+    if "://" in root and not root.startswith("file://"):
+        return root.rstrip("/")
+    return os.path.realpath(locate(root).path)
 
 
 def label_of(application: Application) -> str:
