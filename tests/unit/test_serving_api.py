@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -181,6 +182,20 @@ def test_an_erasure_that_the_log_outlives_is_told(app: FastAPI, service: Service
         assert "repeat the call" in problem["detail"]
         assert call(app, "GET", "/v1/users/in%20particular").json()["total"] == 0
     assert call(app, "DELETE", "/v1/users/in%20particular").json() == {"erased": 0}
+
+
+def test_an_erasure_comes_after_the_events_that_wait_before_it(app: FastAPI, service: Service) -> None:
+    """Whose request may have ended long ago: they count all the same."""
+    held, event = threading.Event(), {"user_id": "hasty", "item_id": "i1"}
+    assert call(app, "POST", "/v1/events", json={"events": [event]}).status_code == 200
+    (stored,) = service.events.newest("hasty", 1)
+    service.events.erase("hasty")
+    service.event_thread.submit(held.wait, 10)
+    waiting = service.event_thread.submit(service.events.append, [stored])
+    threading.Timer(0.3, held.set).start()
+    assert call(app, "DELETE", "/v1/users/hasty").json() == {"erased": 1}
+    assert waiting.done()
+    assert service.events.count("hasty") == 0
 
 
 def test_an_item_is_described(app: FastAPI) -> None:

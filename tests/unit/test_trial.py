@@ -1,5 +1,7 @@
 """A trial's bundle says how it was measured, its row what it takes; two that make the same do not meet."""
 
+import errno
+import fcntl
 import json
 import signal
 import threading
@@ -18,6 +20,7 @@ from ray.tune.tune import _setup_signal_catching
 
 from elasticrec.artifact.answers import answers_of
 from elasticrec.artifact.bundle import open_bundle, verify_bundle, write_bundle
+from elasticrec.artifact.location import locate
 from elasticrec.artifact.seen import removes_seen
 from elasticrec.cli.main import run
 from elasticrec.compression import tuner
@@ -26,7 +29,7 @@ from elasticrec.compression.linears import Int8Linear
 from elasticrec.compression.measure import MeasureConfig
 from elasticrec.compression.quantize import Int8Table
 from elasticrec.compression.recipe import Recipe
-from elasticrec.compression.record import Row, claim, folder_name, write_teacher
+from elasticrec.compression.record import Row, alone, claim, folder_name, write_teacher
 from elasticrec.compression.space import Axis, Optuna, SweepConfig
 from elasticrec.compression.sweep import job_of
 from elasticrec.compression.trial import Job, run_trial, teacher_metrics
@@ -110,6 +113,14 @@ def test_answers_that_serving_is_compared_with_are_its_own(shop: Path, recipe: R
         ({"split": to_mapping(LeaveOneOut())}, {"split": BY_TIME}, TimeSplit(validation=0.6, test=0.7)),
         ({}, {}, LeaveOneOut()),
         ({"split": "by hand"}, {}, LeaveOneOut()),
+        (
+            {
+                "split": to_mapping(LeaveOneOut()),
+                "before": {"split": to_mapping(LeaveOneOut()), "before": {"split": BY_TIME}},
+            },
+            {},
+            TimeSplit(validation=0.6, test=0.7),  # what it was trained on, before it was compressed twice
+        ),
         ({"split": {"kind": "by_user"}}, {"split": BY_TIME}, TimeSplit(validation=0.6, test=0.7)),
     ],
 )
@@ -170,6 +181,15 @@ def test_a_trial_that_fails_keeps_nobody_waiting(shop: Path, monkeypatch: pytest
         with pytest.raises(TypeError):
             tuner.done_once((), asked, print)
     assert tuner.done_once((), asked, print)["status"] == "done"
+
+
+def test_where_nothing_can_be_locked_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with alone(locate(tmp_path), ()), alone(locate(tmp_path), ()):
+        pass
 
 
 @pytest.mark.parametrize("order", [("done", "failed"), ("failed", "done")])

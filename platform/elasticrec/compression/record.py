@@ -8,6 +8,7 @@ OUT/.<trial>.lock       held while it is made
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -30,6 +31,7 @@ SWEEP: Final = "sweep.json"
 TEACHER, TEACHER_RANKS = "teacher.json", "teacher.npz"
 _LONGEST_NAME = 100  # characters; file systems end at 255 bytes
 _ASK_AGAIN_S: Final = 0.2
+_NO_LOCKS: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 Row = dict[str, Any]
 Ranks = dict[str, Int64]  # test and validation
@@ -67,7 +69,10 @@ def claim(out: Location, asked: Row) -> None:
 
 @contextlib.contextmanager
 def alone(out: Location, recipe: Recipe) -> Iterator[None]:
-    """Waits until no other trial makes the bundle of the recipe, then keeps others waiting; on a local disk only."""
+    """Waits until no other trial makes the bundle of the recipe, then keeps others waiting.
+
+    Where nothing can be locked (object stores, some network mounts), it waits for nobody.
+    """
     with contextlib.ExitStack() as held:
         while not _entered(held, out, recipe):
             time.sleep(_ASK_AGAIN_S)
@@ -77,6 +82,9 @@ def alone(out: Location, recipe: Recipe) -> Iterator[None]:
 def _entered(held: contextlib.ExitStack, out: Location, recipe: Recipe) -> bool:
     try:
         held.enter_context(claimed(out / f".{folder_name(recipe)}.lock", label(recipe)))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
     except ClaimedError:
         return False
     return True

@@ -122,7 +122,7 @@ def job_of(config: SweepConfig, parent: Bundle, store: str | Path, out: str | Pa
 
 def _split_of(teacher: Bundle) -> Split:
     """By which it was trained and measured, so that nothing it has learned is asked for; else leave-one-out."""
-    known = teacher.manifest.lineage.get("split")
+    known = _of_training(teacher.manifest.lineage).get("split")
     if not isinstance(known, Mapping):
         return LeaveOneOut()
     try:
@@ -131,6 +131,13 @@ def _split_of(teacher: Bundle) -> Split:
         raise ConfigError(
             f"'{teacher.uri}' was trained on a split that is not known here ({error}); give 'split' in the space"
         ) from None
+
+
+def _of_training(lineage: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the network that a bundle was compressed from, however often."""
+    while isinstance(before := lineage.get("before"), Mapping):
+        lineage = before
+    return lineage
 
 
 def _asked(job: Job) -> Row:

@@ -70,6 +70,7 @@ def users(catalogue: Callable[[], Catalogue], events: EventStore, thread: Execut
 
     @router.delete("/users/{user_id:path}", summary="Erase all events of a user, for good")
     async def erase(user_id: UserId) -> ErasureResponse:
+        await run(thread, lambda: None)  # events that wait there were first, and must not come after
         try:
             return ErasureResponse(erased=await run(erasures, lambda: events.erase(user_id)))
         except ErasurePendingError as error:
