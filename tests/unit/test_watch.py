@@ -157,7 +157,7 @@ def test_requests_and_refusals_are_told_by_route_and_reason(tmp_path: Path) -> N
 
     async def scenario() -> None:
         service = Service(model=model, recommend=model.recommend, events=events, watch=watch)
-        protection = Protection(rate=Rate(RateConfig(limit="4/minute")))
+        protection = Protection(rate=Rate(RateConfig(limit="5/minute")))
         app = create_app(service, KeyRing(keys), protection)
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as stranger:
